@@ -1,0 +1,204 @@
+//! Grouped-query attention: several query heads share one key/value head.
+
+use burn::{
+    config::Config,
+    module::Module,
+    nn::{Linear, LinearConfig},
+    tensor::{Device, Tensor},
+};
+use emberlm_core::{Context, InvalidConfig, KvCache, RotaryConfig, SequenceMixer, assert_valid};
+
+use crate::{
+    ScoreCap,
+    heads::{attend, split_heads},
+};
+
+/// Configuration of [`GroupedQueryAttention`].
+#[derive(Config, Debug)]
+pub struct GroupedQueryAttentionConfig {
+    /// Width of the model.
+    pub d_model: usize,
+    /// Number of query heads.
+    pub n_heads: usize,
+    /// Number of key/value heads; divides `n_heads`. Default: `n_heads`, which is multi-head attention; 1 is
+    /// multi-query attention.
+    pub n_kv_heads: Option<usize>,
+    /// Width of a head. Default: `d_model / n_heads`.
+    pub d_head: Option<usize>,
+    /// Rotary embeddings of queries and keys, whose `d_head` must be this one's. Default: none.
+    pub rotary: Option<RotaryConfig>,
+    /// Whether the projections have biases. Default: false, as in Llama.
+    #[config(default = false)]
+    pub bias: bool,
+    /// Dropout on the attention weights. Default: 0.
+    #[config(default = 0.0)]
+    pub dropout: f64,
+    /// Bound on the scores. Default: none.
+    #[config(default = "ScoreCap::None")]
+    pub cap: ScoreCap,
+}
+
+impl GroupedQueryAttentionConfig {
+    /// Width of a head: as given, or `d_model / n_heads`.
+    pub fn head_width(&self) -> usize {
+        self.d_head.unwrap_or(self.d_model / self.n_heads.max(1))
+    }
+
+    /// Number of key/value heads: as given, or one a query head.
+    pub fn kv_heads(&self) -> usize {
+        self.n_kv_heads.unwrap_or(self.n_heads)
+    }
+
+    /// Checks the fields against each other.
+    ///
+    /// # Errors
+    ///
+    /// A zero, heads that do not divide evenly, a rotary width other than the head's, or a dropout rate outside
+    /// `[0, 1)`.
+    pub fn validate(&self) -> Result<(), InvalidConfig> {
+        let Self {
+            d_model, n_heads, ..
+        } = *self;
+        let n_kv_heads = self.kv_heads();
+        InvalidConfig::require_positive(&[
+            ("d_model", d_model),
+            ("n_heads", n_heads),
+            ("n_kv_heads", n_kv_heads),
+            ("d_head", self.d_head.unwrap_or(1)),
+        ])?;
+        if self.d_head.is_none() && !d_model.is_multiple_of(n_heads) {
+            return Err(InvalidConfig::HeadWidth { d_model, n_heads });
+        }
+        if !n_heads.is_multiple_of(n_kv_heads) {
+            return Err(InvalidConfig::KeyValueHeads {
+                n_heads,
+                n_kv_heads,
+            });
+        }
+        if let Some(rotary) = &self.rotary {
+            rotary.validate()?;
+            if rotary.d_head != self.head_width() {
+                return Err(InvalidConfig::Range {
+                    field: "rotary.d_head",
+                    range: "the width of a head",
+                    value: rotary.d_head as f64,
+                });
+            }
+        }
+        InvalidConfig::require_rate("dropout", self.dropout)
+    }
+
+    /// Makes the module.
+    ///
+    /// # Panics
+    ///
+    /// If the config is invalid.
+    pub fn init(&self, device: &Device) -> GroupedQueryAttention {
+        assert_valid(self.validate());
+        let linear = |d_input, d_output| {
+            LinearConfig::new(d_input, d_output)
+                .with_bias(self.bias)
+                .init(device)
+        };
+        let query_width = self.n_heads * self.head_width();
+        let kv_width = self.kv_heads() * self.head_width();
+        GroupedQueryAttention {
+            query: linear(self.d_model, query_width),
+            key: linear(self.d_model, kv_width),
+            value: linear(self.d_model, kv_width),
+            output: linear(query_width, self.d_model),
+            n_heads: self.n_heads,
+            n_kv_heads: self.kv_heads(),
+            rotary: self.rotary.clone(),
+            dropout: self.dropout,
+            cap: self.cap,
+        }
+    }
+}
+
+/// Grouped-query attention with optional rotary embeddings.
+///
+/// Ainslie et al. 2023, <https://arxiv.org/abs/2305.13245>: as multi-head attention, but query head `h` reads
+/// key/value head `h / (n_heads / n_kv_heads)`, so that the cache shrinks by that factor. The keys are cached after
+/// their rotation.
+///
+/// ```
+/// use burn::tensor::{Device, Tensor};
+/// use emberlm_attention::GroupedQueryAttentionConfig;
+/// use emberlm_core::{Context, RotaryConfig, SequenceMixer, Visibility};
+///
+/// let device = Device::flex();
+/// let attention = GroupedQueryAttentionConfig::new(16, 4)
+///     .with_n_kv_heads(Some(2))
+///     .with_rotary(Some(RotaryConfig::new(4)))
+///     .init(&device);
+/// let context = Context::new(Visibility::causal(5, 0, &device));
+/// let y = attention.forward(Tensor::ones([1, 5, 16], &device), &context);
+/// assert_eq!(y.dims(), [1, 5, 16]);
+/// ```
+#[derive(Module, Debug)]
+pub struct GroupedQueryAttention {
+    /// `[d_model, n_heads * d_head]`
+    pub query: Linear,
+    /// `[d_model, n_kv_heads * d_head]`
+    pub key: Linear,
+    /// `[d_model, n_kv_heads * d_head]`
+    pub value: Linear,
+    /// `[n_heads * d_head, d_model]`
+    pub output: Linear,
+    n_heads: usize,
+    n_kv_heads: usize,
+    #[module(skip)]
+    rotary: Option<RotaryConfig>,
+    dropout: f64,
+    #[module(skip)]
+    cap: ScoreCap,
+}
+
+impl GroupedQueryAttention {
+    /// Keys and values of the positions of `x`.
+    fn keys_and_values(&self, x: Tensor<3>, context: &Context) -> (Tensor<4>, Tensor<4>) {
+        let key = split_heads(self.key.forward(x.clone()), self.n_kv_heads);
+        let value = split_heads(self.value.forward(x), self.n_kv_heads);
+        (self.rotate(key, context), value)
+    }
+
+    fn rotate(&self, x: Tensor<4>, context: &Context) -> Tensor<4> {
+        match &self.rotary {
+            Some(rotary) => rotary.forward(x, context.first_position),
+            None => x,
+        }
+    }
+
+    fn attend(
+        &self,
+        x: Tensor<3>,
+        key: Tensor<4>,
+        value: Tensor<4>,
+        context: &Context,
+    ) -> Tensor<3> {
+        let query = split_heads(self.query.forward(x), self.n_heads);
+        let query = self.rotate(query, context);
+        let heads = [query, key, value];
+        attend(heads, &self.output, context, self.dropout, self.cap)
+    }
+}
+
+impl SequenceMixer for GroupedQueryAttention {
+    type Cache = KvCache;
+
+    fn forward(&self, x: Tensor<3>, context: &Context) -> Tensor<3> {
+        let (key, value) = self.keys_and_values(x.clone(), context);
+        self.attend(x, key, value, context)
+    }
+
+    fn forward_cached(&self, x: Tensor<3>, context: &Context, cache: &mut KvCache) -> Tensor<3> {
+        let (key, value) = self.keys_and_values(x.clone(), context);
+        let (key, value) = cache.append(key, value);
+        self.attend(x, key, value, context)
+    }
+
+    fn new_cache(&self, capacity: usize) -> KvCache {
+        KvCache::new(capacity)
+    }
+}

@@ -1,0 +1,184 @@
+//! Multi-head attention, within one sequence or from one sequence to another.
+
+use burn::{
+    config::Config,
+    module::Module,
+    nn::{Linear, LinearConfig},
+    tensor::{Device, Tensor},
+};
+use emberlm_core::{Context, InvalidConfig, KvCache, SequenceMixer, assert_valid};
+
+use crate::{
+    ScoreCap,
+    heads::{attend, split_heads},
+};
+
+/// Configuration of [`MultiHeadAttention`].
+#[derive(Config, Debug)]
+pub struct MultiHeadAttentionConfig {
+    /// Width of the model.
+    pub d_model: usize,
+    /// Number of heads; divides `d_model`.
+    pub n_heads: usize,
+    /// Width of the sequence that keys and values come from. Default: `d_model`.
+    pub d_source: Option<usize>,
+    /// Whether the projections have biases. Default: true.
+    #[config(default = true)]
+    pub bias: bool,
+    /// Dropout on the attention weights. Default: 0.
+    #[config(default = 0.0)]
+    pub dropout: f64,
+    /// Bound on the scores. Default: none.
+    #[config(default = "ScoreCap::None")]
+    pub cap: ScoreCap,
+}
+
+impl MultiHeadAttentionConfig {
+    /// Checks the fields against each other.
+    ///
+    /// # Errors
+    ///
+    /// A zero, heads that do not divide the width, or a dropout rate outside `[0, 1)`.
+    pub fn validate(&self) -> Result<(), InvalidConfig> {
+        let Self {
+            d_model, n_heads, ..
+        } = *self;
+        InvalidConfig::require_positive(&[
+            ("d_model", d_model),
+            ("n_heads", n_heads),
+            ("d_source", self.d_source.unwrap_or(d_model)),
+        ])?;
+        if !d_model.is_multiple_of(n_heads) {
+            return Err(InvalidConfig::HeadWidth { d_model, n_heads });
+        }
+        InvalidConfig::require_rate("dropout", self.dropout)
+    }
+
+    /// Makes the module.
+    ///
+    /// # Panics
+    ///
+    /// If the config is invalid.
+    pub fn init(&self, device: &Device) -> MultiHeadAttention {
+        assert_valid(self.validate());
+        let linear = |d_input| {
+            LinearConfig::new(d_input, self.d_model)
+                .with_bias(self.bias)
+                .init(device)
+        };
+        let d_source = self.d_source.unwrap_or(self.d_model);
+        MultiHeadAttention {
+            query: linear(self.d_model),
+            key: linear(d_source),
+            value: linear(d_source),
+            output: linear(self.d_model),
+            n_heads: self.n_heads,
+            dropout: self.dropout,
+            cap: self.cap,
+        }
+    }
+}
+
+/// Multi-head attention: `head_i = attention(x W_i^Q, s W_i^K, s W_i^V)`, the heads joined and projected.
+///
+/// Vaswani et al. 2017, section 3.2.2, <https://arxiv.org/abs/1706.03762>. As a [`SequenceMixer`] the source `s` is
+/// `x` itself; [`forward_cross`](Self::forward_cross) takes another.
+///
+/// ```
+/// use burn::tensor::{Device, Tensor};
+/// use emberlm_attention::MultiHeadAttentionConfig;
+/// use emberlm_core::{Context, SequenceMixer, Visibility};
+///
+/// let device = Device::flex();
+/// let attention = MultiHeadAttentionConfig::new(8, 2).init(&device);
+/// let context = Context::new(Visibility::causal(5, 0, &device));
+/// let y = attention.forward(Tensor::ones([1, 5, 8], &device), &context);
+/// assert_eq!(y.dims(), [1, 5, 8]);
+/// ```
+#[derive(Module, Debug)]
+pub struct MultiHeadAttention {
+    /// `[d_model, d_model]`
+    pub query: Linear,
+    /// `[d_source, d_model]`
+    pub key: Linear,
+    /// `[d_source, d_model]`
+    pub value: Linear,
+    /// `[d_model, d_model]`
+    pub output: Linear,
+    n_heads: usize,
+    dropout: f64,
+    #[module(skip)]
+    cap: ScoreCap,
+}
+
+/// Keys and values of a source sequence, projected once for all decoding steps.
+#[derive(Clone, Debug)]
+pub struct CrossCache {
+    key: Tensor<4>,
+    value: Tensor<4>,
+}
+
+impl MultiHeadAttention {
+    /// Attends from `x` to another sequence.
+    ///
+    /// # Shapes
+    ///
+    /// - `x`, output: `[batch_size, query_length, d_model]`
+    /// - `source`: `[batch_size, key_length, d_source]`
+    pub fn forward_cross(&self, x: Tensor<3>, source: Tensor<3>, context: &Context) -> Tensor<3> {
+        let CrossCache { key, value } = self.project_source(source);
+        self.attend(x, key, value, context)
+    }
+
+    /// Projects a source sequence once, for [`forward_cross_cached`](Self::forward_cross_cached).
+    ///
+    /// # Shapes
+    ///
+    /// - `source`: `[batch_size, key_length, d_source]`
+    pub fn project_source(&self, source: Tensor<3>) -> CrossCache {
+        CrossCache {
+            key: split_heads(self.key.forward(source.clone()), self.n_heads),
+            value: split_heads(self.value.forward(source), self.n_heads),
+        }
+    }
+
+    /// Attends from `x` to a source that was projected before; equal to [`forward_cross`](Self::forward_cross).
+    pub fn forward_cross_cached(
+        &self,
+        x: Tensor<3>,
+        source: &CrossCache,
+        context: &Context,
+    ) -> Tensor<3> {
+        self.attend(x, source.key.clone(), source.value.clone(), context)
+    }
+
+    fn attend(
+        &self,
+        x: Tensor<3>,
+        key: Tensor<4>,
+        value: Tensor<4>,
+        context: &Context,
+    ) -> Tensor<3> {
+        let query = split_heads(self.query.forward(x), self.n_heads);
+        let heads = [query, key, value];
+        attend(heads, &self.output, context, self.dropout, self.cap)
+    }
+}
+
+impl SequenceMixer for MultiHeadAttention {
+    type Cache = KvCache;
+
+    fn forward(&self, x: Tensor<3>, context: &Context) -> Tensor<3> {
+        self.forward_cross(x.clone(), x, context)
+    }
+
+    fn forward_cached(&self, x: Tensor<3>, context: &Context, cache: &mut KvCache) -> Tensor<3> {
+        let CrossCache { key, value } = self.project_source(x.clone());
+        let (key, value) = cache.append(key, value);
+        self.attend(x, key, value, context)
+    }
+
+    fn new_cache(&self, capacity: usize) -> KvCache {
+        KvCache::new(capacity)
+    }
+}

@@ -1,0 +1,148 @@
+//! The residual block: a mixer and a feed-forward layer, each behind a norm and a shortcut.
+
+use burn::{
+    config::Config,
+    module::Module,
+    tensor::{Device, Tensor},
+};
+
+use crate::{Context, FeedForward, InvalidConfig, Norm, NormConfig, SequenceMixer, dropout};
+
+/// Where the norm stands.
+#[derive(Config, Debug, Copy, PartialEq, Eq)]
+pub enum NormPlacement {
+    /// `x + f(norm(x))`: GPT-2 and most models since.
+    Pre,
+    /// `norm(x + f(x))`: the original Transformer and BERT.
+    Post,
+}
+
+/// Configuration of a [`ResidualBlock`].
+#[derive(Config, Debug)]
+pub struct ResidualBlockConfig {
+    /// Width of the model.
+    pub d_model: usize,
+    /// The norm of both halves. Default: layer norm with bias, epsilon 1e-5.
+    #[config(default = "NormConfig::Layer { epsilon: 1e-5, bias: true }")]
+    pub norm: NormConfig,
+    /// Where the norms stand. Default: before.
+    #[config(default = "NormPlacement::Pre")]
+    pub placement: NormPlacement,
+    /// Dropout on the output of each half, before the addition. Default: 0.
+    #[config(default = 0.0)]
+    pub dropout: f64,
+}
+
+impl ResidualBlockConfig {
+    /// Checks the fields.
+    ///
+    /// # Errors
+    ///
+    /// A width of zero, or a dropout rate outside `[0, 1)`.
+    pub fn validate(&self) -> Result<(), InvalidConfig> {
+        InvalidConfig::require_positive(&[("d_model", self.d_model)])?;
+        InvalidConfig::require_rate("dropout", self.dropout)
+    }
+
+    /// Puts a mixer and a feed-forward layer into a block.
+    ///
+    /// # Panics
+    ///
+    /// If the config is invalid.
+    pub fn init<M, F>(&self, mixer: M, feed_forward: F, device: &Device) -> ResidualBlock<M, F>
+    where
+        M: Module + SequenceMixer,
+        F: Module + FeedForward,
+    {
+        crate::assert_valid(self.validate());
+        ResidualBlock {
+            mixer_norm: self.norm.init(self.d_model, device),
+            mixer,
+            feed_forward_norm: self.norm.init(self.d_model, device),
+            feed_forward,
+            placement: self.placement,
+            dropout: self.dropout,
+        }
+    }
+}
+
+/// A residual block over any mixer and any feed-forward layer.
+///
+/// Pre-norm: `h = x + mixer(norm(x))`, `y = h + feed_forward(norm(h))`. Post-norm: `h = norm(x + mixer(x))`,
+/// `y = norm(h + feed_forward(h))`. See Xiong et al. 2020, <https://arxiv.org/abs/2002.04745>.
+#[derive(Module, Debug)]
+pub struct ResidualBlock<M: Module, F: Module> {
+    /// Norm of the mixer's half.
+    pub mixer_norm: Norm,
+    /// Mixes along the sequence.
+    pub mixer: M,
+    /// Norm of the feed-forward half.
+    pub feed_forward_norm: Norm,
+    /// Transforms each position.
+    pub feed_forward: F,
+    #[module(skip)]
+    placement: NormPlacement,
+    dropout: f64,
+}
+
+// Parts of a block's random key.
+const MIXER: u64 = 0;
+const MIXER_OUTPUT: u64 = 1;
+const FEED_FORWARD: u64 = 2;
+const FEED_FORWARD_OUTPUT: u64 = 3;
+
+impl<M: Module + SequenceMixer, F: Module + FeedForward> ResidualBlock<M, F> {
+    /// # Shapes
+    ///
+    /// - `x`, output: `[batch_size, seq_length, d_model]`
+    pub fn forward(&self, x: Tensor<3>, context: &Context) -> Tensor<3> {
+        self.both_halves(x, context, |x, context| self.mixer.forward(x, context))
+    }
+
+    /// The next positions of a sequence whose earlier part is in the cache.
+    pub fn forward_cached(
+        &self,
+        x: Tensor<3>,
+        context: &Context,
+        cache: &mut M::Cache,
+    ) -> Tensor<3> {
+        self.both_halves(x, context, |x, context| {
+            self.mixer.forward_cached(x, context, cache)
+        })
+    }
+
+    fn both_halves(
+        &self,
+        x: Tensor<3>,
+        context: &Context,
+        mix: impl FnOnce(Tensor<3>, &Context) -> Tensor<3>,
+    ) -> Tensor<3> {
+        let x = self.half(x, &self.mixer_norm, &context.fold(MIXER_OUTPUT), |x| {
+            mix(x, &context.fold(MIXER))
+        });
+        let context_out = context.fold(FEED_FORWARD_OUTPUT);
+        self.half(x, &self.feed_forward_norm, &context_out, |x| {
+            self.feed_forward.forward(x, &context.fold(FEED_FORWARD))
+        })
+    }
+
+    fn half(
+        &self,
+        x: Tensor<3>,
+        norm: &Norm,
+        context: &Context,
+        f: impl FnOnce(Tensor<3>) -> Tensor<3>,
+    ) -> Tensor<3> {
+        let drop = |y| dropout(y, self.dropout, context.dropout_key);
+        match self.placement {
+            NormPlacement::Pre => {
+                let y = f(norm.forward(x.clone()));
+                x + drop(y)
+            }
+            NormPlacement::Post => {
+                let y = f(x.clone());
+                norm.forward(x + drop(y))
+            }
+        }
+    }
+}

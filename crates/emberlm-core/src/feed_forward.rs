@@ -1,0 +1,134 @@
+//! Position-wise feed-forward layers, plain and gated.
+
+use burn::{
+    config::Config,
+    module::Module,
+    nn::{Linear, LinearConfig},
+    tensor::{Device, Tensor},
+};
+
+use crate::{Activation, Context, FeedForward, InvalidConfig, assert_valid, dropout};
+
+/// Configuration of [`Mlp`] and [`GatedMlp`].
+#[derive(Config, Debug)]
+pub struct FeedForwardConfig {
+    /// Width of the model.
+    pub d_model: usize,
+    /// Inner width.
+    pub d_ff: usize,
+    /// The non-linearity. Default: exact GELU.
+    #[config(default = "Activation::Gelu")]
+    pub activation: Activation,
+    /// Whether the projections have biases. Default: true.
+    #[config(default = true)]
+    pub bias: bool,
+    /// Dropout on the inner activations. Default: 0.
+    #[config(default = 0.0)]
+    pub dropout: f64,
+}
+
+impl FeedForwardConfig {
+    /// Checks the fields against each other.
+    ///
+    /// # Errors
+    ///
+    /// A width of zero, or a dropout rate outside `[0, 1)`.
+    pub fn validate(&self) -> Result<(), InvalidConfig> {
+        InvalidConfig::require_positive(&[("d_model", self.d_model), ("d_ff", self.d_ff)])?;
+        InvalidConfig::require_rate("dropout", self.dropout)
+    }
+
+    /// Makes a plain layer.
+    ///
+    /// # Panics
+    ///
+    /// If the config is invalid.
+    pub fn init(&self, device: &Device) -> Mlp {
+        assert_valid(self.validate());
+        Mlp {
+            up: self.linear(self.d_model, self.d_ff, device),
+            down: self.linear(self.d_ff, self.d_model, device),
+            activation: self.activation,
+            dropout: self.dropout,
+        }
+    }
+
+    /// Makes a gated layer, which has a third projection of the same size as `up`.
+    ///
+    /// # Panics
+    ///
+    /// If the config is invalid.
+    pub fn init_gated(&self, device: &Device) -> GatedMlp {
+        assert_valid(self.validate());
+        GatedMlp {
+            gate: self.linear(self.d_model, self.d_ff, device),
+            up: self.linear(self.d_model, self.d_ff, device),
+            down: self.linear(self.d_ff, self.d_model, device),
+            activation: self.activation,
+            dropout: self.dropout,
+        }
+    }
+
+    fn linear(&self, d_input: usize, d_output: usize, device: &Device) -> Linear {
+        LinearConfig::new(d_input, d_output)
+            .with_bias(self.bias)
+            .init(device)
+    }
+}
+
+/// Plain feed-forward layer: `down(f(up(x)))`.
+///
+/// Vaswani et al. 2017, equation 2, <https://arxiv.org/abs/1706.03762>, with any [`Activation`] as `f`.
+///
+/// ```
+/// use burn::tensor::{Device, Tensor};
+/// use emberlm_core::{Context, FeedForward, FeedForwardConfig};
+///
+/// let device = Device::flex();
+/// let layer = FeedForwardConfig::new(8, 32).init(&device);
+/// let y = layer.forward(Tensor::ones([2, 5, 8], &device), &Context::default());
+/// assert_eq!(y.dims(), [2, 5, 8]);
+/// ```
+#[derive(Module, Debug)]
+pub struct Mlp {
+    /// `[d_model, d_ff]`
+    pub up: Linear,
+    /// `[d_ff, d_model]`
+    pub down: Linear,
+    #[module(skip)]
+    activation: Activation,
+    dropout: f64,
+}
+
+impl FeedForward for Mlp {
+    fn forward(&self, x: Tensor<3>, context: &Context) -> Tensor<3> {
+        let hidden = self.activation.forward(self.up.forward(x));
+        self.down
+            .forward(dropout(hidden, self.dropout, context.dropout_key))
+    }
+}
+
+/// Gated feed-forward layer: `down(f(gate(x)) * up(x))`; with SiLU it is SwiGLU, with GELU GeGLU, with ReLU ReGLU.
+///
+/// Shazeer 2020, <https://arxiv.org/abs/2002.05202>; the names `gate`, `up`, `down` are Llama's.
+#[derive(Module, Debug)]
+pub struct GatedMlp {
+    /// `[d_model, d_ff]`
+    pub gate: Linear,
+    /// `[d_model, d_ff]`
+    pub up: Linear,
+    /// `[d_ff, d_model]`
+    pub down: Linear,
+    #[module(skip)]
+    activation: Activation,
+    dropout: f64,
+}
+
+impl FeedForward for GatedMlp {
+    fn forward(&self, x: Tensor<3>, context: &Context) -> Tensor<3> {
+        let gate = self.activation.forward(self.gate.forward(x.clone()));
+        let hidden = gate * self.up.forward(x);
+        self.down
+            .forward(dropout(hidden, self.dropout, context.dropout_key))
+    }
+}

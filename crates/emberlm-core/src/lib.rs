@@ -1,0 +1,45 @@
+//! What language models are built from besides attention: positions, norms, activations, feed-forward layers,
+//! residual blocks, caches, losses, sampling and generation.
+//!
+//! Modules are ordinary Burn modules and run on any backend. Randomness (dropout, initialisation, sampling) is a
+//! function of a key and a counter, so that a run can be continued exactly.
+
+mod activation;
+mod block;
+mod cache;
+mod context;
+mod dropout;
+mod error;
+mod feed_forward;
+mod generation;
+mod init;
+mod loss;
+mod mixer;
+mod model;
+mod norm;
+mod positions;
+mod random;
+mod sampling;
+mod text_stream;
+mod visibility;
+
+pub use activation::Activation;
+pub use block::{NormPlacement, ResidualBlock, ResidualBlockConfig};
+pub use cache::KvCache;
+pub use context::Context;
+pub use dropout::dropout;
+pub use error::{InvalidConfig, assert_valid};
+pub use feed_forward::{FeedForwardConfig, GatedMlp, Mlp};
+pub use generation::{GenerationError, Generator};
+pub use init::Gpt2Init;
+pub use loss::{CrossEntropy, CrossEntropyConfig};
+pub use mixer::{FeedForward, SequenceMixer};
+pub use model::{CachedModel, CausalModel};
+pub use norm::{Norm, NormConfig};
+pub use positions::{
+    LearnedPositions, LearnedPositionsConfig, RotaryConfig, RotaryLayout, sinusoidal_positions,
+};
+pub use random::RandomKey;
+pub use sampling::{InvalidSampling, SampleError, Sampler, SamplingConfig};
+pub use text_stream::{InvalidStopStrings, StopStrings, Utf8Stream};
+pub use visibility::{KeyPadding, Visibility};

@@ -1,0 +1,453 @@
+//! The decoder-only language model: embeddings, a causal stack of residual blocks, scores of the next token.
+
+use burn::{
+    config::Config,
+    module::Module,
+    nn::{Embedding, EmbeddingConfig, Initializer, Linear, LinearConfig},
+    tensor::{Device, Int, Tensor},
+};
+use emberlm_attention::{
+    GroupedQueryAttention, GroupedQueryAttentionConfig, MultiHeadAttention,
+    MultiHeadAttentionConfig,
+};
+use emberlm_core::{
+    Activation, CachedModel, CausalModel, Context, FeedForward, FeedForwardConfig, GatedMlp,
+    Gpt2Init, InvalidConfig, KvCache, LearnedPositions, LearnedPositionsConfig, Mlp, Norm,
+    NormConfig, NormPlacement, RandomKey, ResidualBlock, ResidualBlockConfig, RotaryConfig,
+    RotaryLayout, SequenceMixer, Visibility, assert_valid, dropout, sinusoidal_positions,
+};
+
+/// How the model knows where a token stands.
+#[derive(Config, Debug, PartialEq)]
+pub enum PositionsConfig {
+    /// A learned vector a position, up to `max_seq_length` of them.
+    Learned {
+        /// Number of positions.
+        max_seq_length: usize,
+    },
+    /// Fixed sinusoids; the embedding is multiplied by `sqrt(d_model)` first, as in the paper.
+    Sinusoidal,
+    /// Queries and keys are rotated.
+    Rotary {
+        /// Base of the wavelengths.
+        theta: f64,
+        /// Which components form a pair.
+        layout: RotaryLayout,
+    },
+}
+
+/// The kind of feed-forward layer.
+#[derive(Config, Debug, Copy, PartialEq, Eq)]
+pub enum FeedForwardKind {
+    /// `down(f(up(x)))`
+    Plain,
+    /// `down(f(gate(x)) * up(x))`
+    Gated,
+}
+
+/// Configuration of a [`Decoder`]. The defaults are GPT-2's, without biases.
+#[derive(Config, Debug)]
+pub struct DecoderConfig {
+    /// Number of tokens.
+    pub vocab_size: usize,
+    /// Number of blocks.
+    pub n_layers: usize,
+    /// Width of the model.
+    pub d_model: usize,
+    /// Number of query heads; divides `d_model`.
+    pub n_heads: usize,
+    /// Number of key/value heads. Default: one a query head.
+    pub n_kv_heads: Option<usize>,
+    /// Inner width of the feed-forward layers. Default: `4 d_model`.
+    pub d_ff: Option<usize>,
+    /// Positions. Default: 1,024 learned ones.
+    #[config(default = "PositionsConfig::Learned { max_seq_length: 1024 }")]
+    pub positions: PositionsConfig,
+    /// Norm. Default: layer norm without shift, epsilon 1e-5.
+    #[config(default = "NormConfig::Layer { epsilon: 1e-5, bias: false }")]
+    pub norm: NormConfig,
+    /// Where the norms stand; with pre-norm there is a last one before the scores. Default: pre-norm.
+    #[config(default = "NormPlacement::Pre")]
+    pub norm_placement: NormPlacement,
+    /// Kind of feed-forward layer. Default: plain.
+    #[config(default = "FeedForwardKind::Plain")]
+    pub feed_forward: FeedForwardKind,
+    /// Non-linearity of the feed-forward layers. Default: exact GELU.
+    #[config(default = "Activation::Gelu")]
+    pub activation: Activation,
+    /// Whether the linear projections have biases. Default: false.
+    #[config(default = false)]
+    pub bias: bool,
+    /// Whether the output projection is the transposed embedding. Default: true.
+    #[config(default = true)]
+    pub tied_embedding: bool,
+    /// Dropout on the embeddings, the attention weights, the inner activations and the residual additions.
+    /// Default: 0.
+    #[config(default = 0.0)]
+    pub dropout: f64,
+    /// Seed of the initialisation. Default: 0.
+    #[config(default = 0)]
+    pub seed: u64,
+}
+
+// More elements than this in one tensor are a typing mistake: 2^40 f32 are 4 TiB.
+const MAX_ELEMENTS: u128 = 1 << 40;
+
+impl DecoderConfig {
+    /// Inner width of the feed-forward layers: as given, or `4 d_model`.
+    pub fn feed_forward_width(&self) -> usize {
+        self.d_ff.unwrap_or(self.d_model.saturating_mul(4))
+    }
+
+    /// Checks the fields against each other.
+    ///
+    /// # Errors
+    ///
+    /// A zero, widths that do not divide evenly, a rate outside `[0, 1)`, or tensors that no memory can hold.
+    pub fn validate(&self) -> Result<(), InvalidConfig> {
+        InvalidConfig::require_positive(&[
+            ("vocab_size", self.vocab_size),
+            ("n_layers", self.n_layers),
+            ("d_model", self.d_model),
+            ("n_heads", self.n_heads),
+            ("d_ff", self.feed_forward_width()),
+        ])?;
+        let longest = self.max_seq_length().unwrap_or(1);
+        InvalidConfig::require_positive(&[("positions.max_seq_length", longest)])?;
+        for (field, value) in [
+            ("vocab_size", self.vocab_size),
+            ("d_model", self.d_model),
+            ("d_ff", self.feed_forward_width()),
+            ("n_layers", self.n_layers),
+            ("positions.max_seq_length", longest),
+        ] {
+            if value as u128 * self.d_model as u128 > MAX_ELEMENTS {
+                return Err(InvalidConfig::TooLarge { field, value });
+            }
+        }
+        if matches!(self.positions, PositionsConfig::Sinusoidal) && !self.d_model.is_multiple_of(2)
+        {
+            return Err(InvalidConfig::OddWidth {
+                field: "d_model",
+                value: self.d_model,
+            });
+        }
+        self.grouped_query().validate()?;
+        self.mlp().validate()?;
+        self.block().validate()
+    }
+
+    /// Makes the model, initialised as GPT-2 from `seed`: the same values on every backend.
+    ///
+    /// # Panics
+    ///
+    /// If the config is invalid.
+    pub fn init(&self, device: &Device) -> Decoder {
+        assert_valid(self.validate());
+        let blocks = (0..self.n_layers)
+            .map(|_| {
+                self.block()
+                    .init(self.mixer(device), self.feed_forward_layer(device), device)
+            })
+            .collect();
+        let positions = match self.positions {
+            PositionsConfig::Learned { max_seq_length } => Some(
+                LearnedPositionsConfig::new(max_seq_length, self.d_model).init(device),
+            ),
+            PositionsConfig::Sinusoidal | PositionsConfig::Rotary { .. } => None,
+        };
+        let initializer = Initializer::Normal {
+            mean: 0.0,
+            std: 0.02,
+        };
+        let decoder = Decoder {
+            tokens: EmbeddingConfig::new(self.vocab_size, self.d_model)
+                .with_initializer(initializer)
+                .init(device),
+            positions,
+            blocks,
+            norm: (self.norm_placement == NormPlacement::Pre)
+                .then(|| self.norm.init(self.d_model, device)),
+            head: (!self.tied_embedding).then(|| {
+                LinearConfig::new(self.d_model, self.vocab_size)
+                    .with_bias(false)
+                    .init(device)
+            }),
+            sinusoidal: matches!(self.positions, PositionsConfig::Sinusoidal),
+            dropout: self.dropout,
+        };
+        Gpt2Init::new(self.n_layers, self.seed).apply(decoder)
+    }
+
+    /// Longest sequence that has positions; nothing where positions know no limit.
+    pub fn max_seq_length(&self) -> Option<usize> {
+        match self.positions {
+            PositionsConfig::Learned { max_seq_length } => Some(max_seq_length),
+            PositionsConfig::Sinusoidal | PositionsConfig::Rotary { .. } => None,
+        }
+    }
+
+    fn block(&self) -> ResidualBlockConfig {
+        ResidualBlockConfig::new(self.d_model)
+            .with_norm(self.norm.clone())
+            .with_placement(self.norm_placement)
+            .with_dropout(self.dropout)
+    }
+
+    fn mlp(&self) -> FeedForwardConfig {
+        FeedForwardConfig::new(self.d_model, self.feed_forward_width())
+            .with_activation(self.activation)
+            .with_bias(self.bias)
+            .with_dropout(self.dropout)
+    }
+
+    fn feed_forward_layer(&self, device: &Device) -> FeedForwardLayer {
+        match self.feed_forward {
+            FeedForwardKind::Plain => FeedForwardLayer::Plain(self.mlp().init(device)),
+            FeedForwardKind::Gated => FeedForwardLayer::Gated(self.mlp().init_gated(device)),
+        }
+    }
+
+    fn grouped_query(&self) -> GroupedQueryAttentionConfig {
+        let rotary = match self.positions {
+            PositionsConfig::Rotary { theta, layout } => Some(
+                RotaryConfig::new(self.d_model / self.n_heads)
+                    .with_theta(theta)
+                    .with_layout(layout),
+            ),
+            PositionsConfig::Learned { .. } | PositionsConfig::Sinusoidal => None,
+        };
+        GroupedQueryAttentionConfig::new(self.d_model, self.n_heads)
+            .with_n_kv_heads(self.n_kv_heads)
+            .with_rotary(rotary)
+            .with_bias(self.bias)
+            .with_dropout(self.dropout)
+    }
+
+    /// Grouped-query attention where something needs it, else multi-head attention.
+    fn mixer(&self, device: &Device) -> Mixer {
+        let grouped_query = self.grouped_query();
+        if grouped_query.rotary.is_some() || grouped_query.kv_heads() != self.n_heads {
+            Mixer::GroupedQuery(grouped_query.init(device))
+        } else {
+            Mixer::MultiHead(
+                MultiHeadAttentionConfig::new(self.d_model, self.n_heads)
+                    .with_bias(self.bias)
+                    .with_dropout(self.dropout)
+                    .init(device),
+            )
+        }
+    }
+}
+
+/// The mixer of a block.
+#[derive(Module, Debug)]
+pub enum Mixer {
+    /// Multi-head attention.
+    MultiHead(MultiHeadAttention),
+    /// Grouped-query attention.
+    GroupedQuery(GroupedQueryAttention),
+}
+
+impl SequenceMixer for Mixer {
+    type Cache = KvCache;
+
+    fn forward(&self, x: Tensor<3>, context: &Context) -> Tensor<3> {
+        match self {
+            Self::MultiHead(attention) => attention.forward(x, context),
+            Self::GroupedQuery(attention) => attention.forward(x, context),
+        }
+    }
+
+    fn forward_cached(&self, x: Tensor<3>, context: &Context, cache: &mut KvCache) -> Tensor<3> {
+        match self {
+            Self::MultiHead(attention) => attention.forward_cached(x, context, cache),
+            Self::GroupedQuery(attention) => attention.forward_cached(x, context, cache),
+        }
+    }
+
+    fn new_cache(&self, capacity: usize) -> KvCache {
+        match self {
+            Self::MultiHead(attention) => attention.new_cache(capacity),
+            Self::GroupedQuery(attention) => attention.new_cache(capacity),
+        }
+    }
+}
+
+/// The feed-forward layer of a block.
+#[derive(Module, Debug)]
+pub enum FeedForwardLayer {
+    /// `down(f(up(x)))`
+    Plain(Mlp),
+    /// `down(f(gate(x)) * up(x))`
+    Gated(GatedMlp),
+}
+
+impl FeedForward for FeedForwardLayer {
+    fn forward(&self, x: Tensor<3>, context: &Context) -> Tensor<3> {
+        match self {
+            Self::Plain(layer) => layer.forward(x, context),
+            Self::Gated(layer) => layer.forward(x, context),
+        }
+    }
+}
+
+/// A decoder-only Transformer: `scores = head(norm(blocks(embed(tokens))))`.
+///
+/// Radford et al. 2019 (GPT-2) by default; with rotary positions, RMS norm, gated SiLU and grouped queries it is
+/// Llama (Touvron et al. 2023, <https://arxiv.org/abs/2302.13971>). Differences from GPT-2 by default: no biases.
+///
+/// ```
+/// use burn::tensor::{Device, Int, Tensor};
+/// use emberlm_core::CausalModel;
+/// use emberlm_models::DecoderConfig;
+///
+/// let device = Device::flex();
+/// let model = DecoderConfig::new(256, 2, 32, 4).init(&device);
+/// let scores = model.forward(Tensor::<2, Int>::zeros([1, 7], &device), None);
+/// assert_eq!(scores.dims(), [1, 7, 256]);
+/// ```
+#[derive(Module, Debug)]
+pub struct Decoder {
+    /// `[vocab_size, d_model]`
+    pub tokens: Embedding,
+    /// Learned positions, where the config has them.
+    pub positions: Option<LearnedPositions>,
+    /// The stack.
+    pub blocks: Vec<ResidualBlock<Mixer, FeedForwardLayer>>,
+    /// The last norm of a pre-norm stack.
+    pub norm: Option<Norm>,
+    /// `[d_model, vocab_size]`, where the embedding is not tied.
+    pub head: Option<Linear>,
+    sinusoidal: bool,
+    dropout: f64,
+}
+
+/// Keys and values of all blocks.
+#[derive(Clone, Debug)]
+pub struct DecoderCache {
+    layers: Vec<KvCache>,
+}
+
+impl DecoderCache {
+    /// Number of positions held.
+    pub fn len(&self) -> usize {
+        self.layers.first().map_or(0, KvCache::len)
+    }
+
+    /// Whether nothing is held yet.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Forgets all but the first `len` positions.
+    pub fn truncate(&mut self, len: usize) {
+        self.layers.iter_mut().for_each(|layer| layer.truncate(len));
+    }
+}
+
+// Parts of the model's random key: the embedding, then the blocks from here on.
+const EMBEDDING: u64 = 0;
+const FIRST_BLOCK: u64 = 1;
+
+impl Decoder {
+    /// The hidden states after the last norm, which the output projection turns into scores.
+    ///
+    /// # Shapes
+    ///
+    /// - `tokens`: `[batch_size, seq_length]`
+    /// - output: `[batch_size, seq_length, d_model]`
+    ///
+    /// # Panics
+    ///
+    /// If the sequence is longer than the learned positions.
+    pub fn hidden_states(&self, tokens: Tensor<2, Int>, dropout_key: Option<RandomKey>) -> Tensor<3> {
+        let [_, seq_length] = tokens.dims();
+        let visibility = Visibility::causal(seq_length, 0, &tokens.device());
+        let context = Context::new(visibility).with_dropout_key(dropout_key);
+        let mut x = self.embed(tokens, &context);
+        for (i, block) in (FIRST_BLOCK..).zip(&self.blocks) {
+            x = block.forward(x, &context.fold(i));
+        }
+        self.last_norm(x)
+    }
+
+    /// Scores of the next token from hidden states.
+    ///
+    /// # Shapes
+    ///
+    /// - `hidden`: `[batch_size, seq_length, d_model]`
+    /// - output: `[batch_size, seq_length, vocab_size]`
+    pub fn project(&self, hidden: Tensor<3>) -> Tensor<3> {
+        match &self.head {
+            Some(head) => head.forward(hidden),
+            None => hidden.matmul(self.tokens.weight.val().transpose().unsqueeze()),
+        }
+    }
+
+    fn embed(&self, tokens: Tensor<2, Int>, context: &Context) -> Tensor<3> {
+        let [_, seq_length] = tokens.dims();
+        let x = self.tokens.forward(tokens);
+        let d_model = x.dims()[2];
+        let x = match &self.positions {
+            Some(positions) => x + positions.forward(context.first_position, seq_length),
+            None if self.sinusoidal => {
+                let table = sinusoidal_positions(
+                    context.first_position,
+                    seq_length,
+                    d_model,
+                    x.dtype(),
+                    &x.device(),
+                );
+                x * (d_model as f64).sqrt() + table
+            }
+            None => x,
+        };
+        dropout(x, self.dropout, context.fold(EMBEDDING).dropout_key)
+    }
+
+    fn last_norm(&self, x: Tensor<3>) -> Tensor<3> {
+        match &self.norm {
+            Some(norm) => norm.forward(x),
+            None => x,
+        }
+    }
+}
+
+impl CausalModel for Decoder {
+    fn forward(&self, tokens: Tensor<2, Int>, dropout_key: Option<RandomKey>) -> Tensor<3> {
+        self.project(self.hidden_states(tokens, dropout_key))
+    }
+}
+
+impl CachedModel for Decoder {
+    type Cache = DecoderCache;
+
+    fn max_seq_length(&self) -> Option<usize> {
+        self.positions
+            .as_ref()
+            .map(|positions| positions.weight.lazy_shape()[0])
+    }
+
+    fn new_cache(&self, capacity: usize) -> DecoderCache {
+        DecoderCache {
+            layers: self
+                .blocks
+                .iter()
+                .map(|block| block.mixer.new_cache(capacity))
+                .collect(),
+        }
+    }
+
+    fn forward_cached(&self, tokens: Tensor<2, Int>, cache: &mut DecoderCache) -> Tensor<3> {
+        let [_, seq_length] = tokens.dims();
+        let first_position = cache.len();
+        let visibility = Visibility::causal(seq_length, first_position, &tokens.device());
+        let context = Context::new(visibility).with_first_position(first_position);
+        let mut x = self.embed(tokens, &context);
+        for (block, cache) in self.blocks.iter().zip(&mut cache.layers) {
+            x = block.forward_cached(x, &context, cache);
+        }
+        self.project(self.last_norm(x))
+    }
+}

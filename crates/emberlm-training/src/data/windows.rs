@@ -1,0 +1,424 @@
+//! Windows of a stream for a language model over bytes, each a function of its number alone.
+
+use super::{TextError, TextStream};
+
+/// Windows at random offsets, for training.
+///
+/// Window `index` of step `step` is a function of the seed and these two numbers: no generator is
+/// carried along, so a resumed run, and one that loads its windows on several threads, sees the
+/// same text. Offsets are independent, not a permutation: in one pass' worth of windows some bytes
+/// come twice and some not at all. All offsets at which a window fits are equally likely, so bytes
+/// near the two ends of the stream are in fewer windows.
+///
+/// ```
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let folder = tempfile::tempdir()?;
+/// # let path = folder.path().join("ember.txt");
+/// use emberlm_training::{Corpus, TrainingWindows};
+///
+/// std::fs::write(&path, "a glowing coal in the ash of a fire")?;
+/// let windows = TrainingWindows::new(Corpus::open(&[path])?.training(), 8, 42)?;
+///
+/// let mut window = Vec::new();
+/// windows.sample(3, 0, &mut window);
+/// let (inputs, targets) = (&window[..8], &window[1..]);
+/// assert_eq!(inputs.len(), targets.len());
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug)]
+pub struct TrainingWindows {
+    stream: TextStream,
+    seq_length: usize,
+    seed: u64,
+}
+
+impl TrainingWindows {
+    /// Windows of `seq_length` inputs each.
+    ///
+    /// # Errors
+    /// [`TextError::EmptySequence`], and [`TextError::SequenceTooLong`] if the stream has no more
+    /// than `seq_length` bytes.
+    pub fn new(stream: TextStream, seq_length: usize, seed: u64) -> Result<Self, TextError> {
+        check(&stream, seq_length)?;
+        Ok(Self {
+            stream,
+            seq_length,
+            seed,
+        })
+    }
+
+    /// How many bytes a window predicts, and from how many: one fewer than it has.
+    pub fn seq_length(&self) -> usize {
+        self.seq_length
+    }
+
+    /// Makes `window` the `seq_length + 1` bytes of a window: all but the last are inputs, all but
+    /// the first are targets. What the buffer held is lost; its memory is used again.
+    pub fn sample(&self, step: u64, index: u64, window: &mut Vec<u8>) {
+        window.resize(self.seq_length + 1, 0);
+        self.stream.copy(self.offset(step, index), window);
+    }
+
+    /// Where in the stream a window begins.
+    pub fn offset(&self, step: u64, index: u64) -> usize {
+        let offsets = self.stream.len() - self.seq_length;
+        below(offsets as u64, random(self.seed, step, index)) as usize
+    }
+}
+
+/// Windows side by side, for evaluation: together they predict every byte but the first once.
+///
+/// Window `w` has the inputs `v[w * seq_length ..][.. seq_length]` of a stream `v`, and as targets
+/// the bytes one further. The last window is shorter unless the lengths divide.
+///
+/// ```
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let folder = tempfile::tempdir()?;
+/// # let path = folder.path().join("ember.txt");
+/// use emberlm_training::{Corpus, EvaluationWindows};
+///
+/// std::fs::write(&path, "ember ".repeat(15))?; // its last tenth: "ember ember "[3..]
+/// let windows = EvaluationWindows::new(Corpus::open(&[path])?.held_out(), 5)?;
+/// assert_eq!(windows.len(), 2);
+/// assert_eq!(windows.get(0), (b"er em".to_vec(), b"r emb".to_vec()));
+/// assert_eq!(windows.get(1), (b"ber".to_vec(), b"er ".to_vec()));
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug)]
+pub struct EvaluationWindows {
+    stream: TextStream,
+    seq_length: usize,
+}
+
+impl EvaluationWindows {
+    /// Windows of `seq_length` inputs each, the last one excepted.
+    ///
+    /// # Errors
+    /// [`TextError::EmptySequence`], and [`TextError::SequenceTooLong`] if the stream has no more
+    /// than `seq_length` bytes: there is always a full window.
+    pub fn new(stream: TextStream, seq_length: usize) -> Result<Self, TextError> {
+        check(&stream, seq_length)?;
+        Ok(Self { stream, seq_length })
+    }
+
+    /// How many bytes each window but the last predicts, and from how many.
+    pub fn seq_length(&self) -> usize {
+        self.seq_length
+    }
+
+    /// How many windows there are: at least one.
+    #[expect(
+        clippy::len_without_is_empty,
+        reason = "there is a window, or `new` fails"
+    )]
+    pub fn len(&self) -> usize {
+        self.targets().div_ceil(self.seq_length)
+    }
+
+    /// The inputs and the targets of a window, of equal length.
+    ///
+    /// # Panics
+    /// If there is no such window.
+    pub fn get(&self, window: usize) -> (Vec<u8>, Vec<u8>) {
+        let windows = self.len();
+        assert!(window < windows, "there is no window {window} of {windows}");
+        let start = window * self.seq_length;
+        let end = start + self.seq_length.min(self.targets() - start);
+        (
+            self.stream.bytes(start..end),
+            self.stream.bytes(start + 1..end + 1),
+        )
+    }
+
+    /// The numbers of `n` full windows, evenly spaced from the first on; of all if there are no
+    /// more. They depend on the stream's length and `n` alone, so a loss measured on them during
+    /// training is always over the same bytes.
+    pub fn fixed(&self, n: usize) -> Vec<usize> {
+        let full = self.targets() / self.seq_length;
+        let n = n.min(full);
+        let spaced = |at: usize| (at as u128 * full as u128 / n as u128) as usize;
+        (0..n).map(spaced).collect()
+    }
+
+    /// Every byte but the first is one.
+    fn targets(&self) -> usize {
+        self.stream.len() - 1
+    }
+}
+
+/// Without `seq_length + 1`, which may overflow, and before a buffer of that size is asked for.
+fn check(stream: &TextStream, seq_length: usize) -> Result<(), TextError> {
+    if seq_length == 0 {
+        return Err(TextError::EmptySequence);
+    }
+    if seq_length >= stream.len() {
+        return Err(TextError::SequenceTooLong {
+            seq_length,
+            text_bytes: stream.len(),
+            part: stream.part(),
+        });
+    }
+    Ok(())
+}
+
+/// 64 random bits for a position.
+///
+/// A chain of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
+/// OOPSLA 2014, <https://doi.org/10.1145/2660193.2660195>), with the constants that Java's
+/// `SplittableRandom` uses, Stafford's variant 13: each word is mixed into what those before it
+/// gave. Every link is a bijection, so the indices of one step all have different bits, and so do
+/// the steps of one seed at one index.
+fn random(seed: u64, step: u64, index: u64) -> u64 {
+    // The golden ratio's odd 64-bit fraction: without it, zeros would give zero.
+    const GAMMA: u64 = 0x9E37_79B9_7F4A_7C15;
+    [seed, step, index]
+        .into_iter()
+        .fold(0, |bits, word| mix((bits ^ word).wrapping_add(GAMMA)))
+}
+
+/// The finaliser of SplitMix64.
+fn mix(mut bits: u64) -> u64 {
+    bits = (bits ^ (bits >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    bits = (bits ^ (bits >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    bits ^ (bits >> 31)
+}
+
+/// Maps random bits to `0..n`: the high half of their product. Of two results one is likelier by
+/// at most `n / 2^64` of its probability, which no text makes visible.
+fn below(n: u64, bits: u64) -> u64 {
+    ((u128::from(bits) * u128::from(n)) >> 64) as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+    use std::fs;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::data::{Corpus, TextPart};
+
+    /// A held-out stream of `length` bytes, at least 1, in documents of 73 or fewer, each byte unlike
+    /// its neighbours.
+    fn held_out(length: usize) -> TextStream {
+        let folder = tempfile::tempdir().unwrap();
+        let bytes: Vec<u8> = (0..length).map(|at| (at * 31 % 127) as u8).collect();
+        let mut paths = Vec::new();
+        for (at, part) in bytes.chunks(73).enumerate() {
+            let path = folder.path().join(at.to_string());
+            fs::write(&path, [&vec![b'.'; 9 * part.len()], part].concat()).unwrap();
+            paths.push(path);
+        }
+        let stream = Corpus::open(&paths).unwrap().held_out();
+        assert_eq!(stream.bytes(0..stream.len()), bytes);
+        stream
+    }
+
+    fn windows(length: usize, seq_length: usize, seed: u64) -> TrainingWindows {
+        TrainingWindows::new(held_out(length), seq_length, seed).unwrap()
+    }
+
+    #[test]
+    fn mix_gives_the_published_sequence() {
+        // The first outputs of splitmix64.c for the seed 1234567, https://prng.di.unimi.it.
+        let mut state: u64 = 1_234_567;
+        let mut next = || {
+            state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
+            mix(state)
+        };
+        assert_eq!(next(), 6_457_827_717_110_365_317);
+        assert_eq!(next(), 3_203_168_211_198_807_973);
+        assert_eq!(next(), 9_817_491_932_198_370_423);
+    }
+
+    /// A run that was saved relies on these: if they change, its windows do.
+    #[test]
+    fn positions_keep_their_bits() {
+        assert_eq!(random(0, 0, 0), 0x2382_75BC_38FC_BE91);
+        assert_eq!(random(42, 1000, 31), 0x4288_C80A_8C8D_DC09);
+        assert_eq!(random(u64::MAX, u64::MAX, u64::MAX), 0x595B_17F4_87C0_E71B);
+    }
+
+    #[test]
+    fn seed_step_and_index_all_matter_and_are_not_exchangeable() {
+        let mut seen = HashSet::new();
+        for seed in 0..16 {
+            for step in 0..16 {
+                for index in 0..16 {
+                    assert!(
+                        seen.insert(random(seed, step, index)),
+                        "{seed} {step} {index}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn bits_are_scaled_to_the_range() {
+        assert_eq!(below(10, 0), 0);
+        assert_eq!(below(10, u64::MAX), 9);
+        assert_eq!(below(10, 1 << 63), 5);
+        assert_eq!(below(1, u64::MAX), 0);
+        assert_eq!(below(u64::MAX, u64::MAX), u64::MAX - 1);
+    }
+
+    #[test]
+    fn offsets_are_uniform_over_steps_and_over_indices() {
+        let windows = windows(100 + 15, 100, 7);
+        let per_step: Vec<usize> = (0..16_000).map(|step| windows.offset(step, 3)).collect();
+        let per_index: Vec<usize> = (0..16_000).map(|index| windows.offset(3, index)).collect();
+        for offsets in [per_step, per_index] {
+            let mut counts = [0_f64; 15];
+            offsets.iter().for_each(|&offset| counts[offset] += 1.0);
+            let expected = 16_000.0 / 15.0;
+            let chi_squared: f64 = counts
+                .iter()
+                .map(|count| (count - expected).powi(2) / expected)
+                .sum();
+            // 14 degrees of freedom: above this once in a thousand seeds.
+            assert!(chi_squared < 36.1, "{chi_squared}: {counts:?}");
+            // A neighbour's offset says nothing: pairs fill the square.
+            let pairs: HashSet<_> = offsets.windows(2).map(|pair| (pair[0], pair[1])).collect();
+            assert_eq!(pairs.len(), 15 * 15);
+        }
+    }
+
+    #[test]
+    fn a_window_is_the_stream_at_its_offset() {
+        let stream = held_out(300);
+        let windows = TrainingWindows::new(stream.clone(), 100, 1).unwrap();
+        let mut window = vec![0; 777];
+        for step in 0..50 {
+            windows.sample(step, 2, &mut window);
+            let offset = windows.offset(step, 2);
+            assert_eq!(window, stream.bytes(offset..offset + 101));
+        }
+    }
+
+    #[test]
+    fn the_longest_window_is_the_whole_stream() {
+        let stream = held_out(200);
+        let windows = TrainingWindows::new(stream.clone(), 199, 1).unwrap();
+        let mut window = Vec::new();
+        windows.sample(5, 6, &mut window);
+        assert_eq!(window, stream.bytes(0..200));
+    }
+
+    #[test]
+    fn sequences_that_do_not_fit_are_errors_without_an_allocation() {
+        let stream = held_out(200);
+        for length in [200, 100_000_000, usize::MAX] {
+            for error in [
+                TrainingWindows::new(stream.clone(), length, 0).unwrap_err(),
+                EvaluationWindows::new(stream.clone(), length).unwrap_err(),
+            ] {
+                match error {
+                    TextError::SequenceTooLong {
+                        seq_length,
+                        text_bytes,
+                        part,
+                    } => assert_eq!(
+                        (seq_length, text_bytes, part),
+                        (length, 200, TextPart::HeldOut)
+                    ),
+                    other => panic!("{other:?}"),
+                }
+            }
+        }
+        assert!(matches!(
+            TrainingWindows::new(stream.clone(), 0, 0),
+            Err(TextError::EmptySequence)
+        ));
+        assert!(matches!(
+            EvaluationWindows::new(stream, 0),
+            Err(TextError::EmptySequence)
+        ));
+    }
+
+    #[test]
+    fn an_empty_stream_has_no_window() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("short.txt");
+        fs::write(&path, "ember").unwrap();
+        let error = EvaluationWindows::new(Corpus::open(&[path]).unwrap().held_out(), 1);
+        assert!(matches!(
+            error,
+            Err(TextError::SequenceTooLong { text_bytes: 0, .. })
+        ));
+    }
+
+    #[test]
+    fn fixed_windows_are_evenly_spaced_full_ones() {
+        let windows = EvaluationWindows::new(held_out(10 * 12 + 5), 12).unwrap();
+        assert_eq!(windows.len(), 11);
+        assert_eq!(windows.fixed(0), [0; 0]);
+        assert_eq!(windows.fixed(1), [0]);
+        assert_eq!(windows.fixed(3), [0, 3, 6]);
+        assert_eq!(windows.fixed(5), [0, 2, 4, 6, 8]);
+        let all: Vec<usize> = (0..10).collect();
+        assert_eq!(windows.fixed(10), all);
+        assert_eq!(windows.fixed(usize::MAX), all);
+    }
+
+    #[test]
+    #[should_panic(expected = "there is no window 3 of 3")]
+    fn a_window_past_the_last_panics() {
+        let windows = EvaluationWindows::new(held_out(31), 10).unwrap();
+        windows.get(3);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn every_byte_but_the_first_is_predicted_once(
+            (length, seq_length) in (2_usize..400).prop_flat_map(|length| (Just(length), 1..length)),
+        ) {
+            let stream = held_out(length);
+            let windows = EvaluationWindows::new(stream.clone(), seq_length).unwrap();
+            let (mut all_inputs, mut all_targets) = (Vec::new(), Vec::new());
+            for window in 0..windows.len() {
+                let (inputs, targets) = windows.get(window);
+                prop_assert_eq!(inputs.len(), targets.len());
+                prop_assert!(!inputs.is_empty());
+                if window + 1 < windows.len() {
+                    prop_assert_eq!(inputs.len(), seq_length);
+                }
+                all_inputs.extend(inputs);
+                all_targets.extend(targets);
+            }
+            prop_assert_eq!(all_inputs, stream.bytes(0..length - 1));
+            prop_assert_eq!(all_targets, stream.bytes(1..length));
+        }
+
+        #[test]
+        fn fixed_windows_are_full_ascending_and_as_many_as_there_are(
+            (length, seq_length) in (2_usize..400).prop_flat_map(|length| (Just(length), 1..length)),
+            n in 0_usize..100,
+        ) {
+            let windows = EvaluationWindows::new(held_out(length), seq_length).unwrap();
+            let fixed = windows.fixed(n);
+            prop_assert_eq!(fixed.len(), n.min((length - 1) / seq_length));
+            prop_assert!(fixed.is_sorted_by(|a, b| a < b));
+            for window in fixed {
+                prop_assert_eq!(windows.get(window).0.len(), seq_length);
+            }
+        }
+
+        #[test]
+        fn windows_fit_whatever_the_position(
+            (length, seq_length) in (2_usize..400).prop_flat_map(|length| (Just(length), 1..length)),
+            seed: u64, step: u64, index: u64,
+        ) {
+            let windows = windows(length, seq_length, seed);
+            let mut window = Vec::new();
+            windows.sample(step, index, &mut window);
+            prop_assert_eq!(window.len(), seq_length + 1);
+            prop_assert!(windows.offset(step, index) <= length - (seq_length + 1));
+        }
+    }
+}

@@ -1,0 +1,143 @@
+//! A causal language model as burn-train sees it: batches in, losses and gradients out.
+
+use burn::{
+    module::{Module, ModuleDisplay},
+    tensor::{DType, ExecutionError, Int, Tensor},
+    train::{InferenceStep, ItemLazy, TrainOutput, TrainStep},
+};
+use emberlm_core::{CausalModel, CrossEntropy, CrossEntropyConfig, RandomKey};
+
+/// What the trainer can train: a Burn module that scores the next token.
+pub trait Trainable: Module + ModuleDisplay + CausalModel + 'static {}
+
+impl<M: Module + ModuleDisplay + CausalModel + 'static> Trainable for M {}
+
+/// Sequences and what comes after each of their tokens.
+#[derive(Debug, Clone)]
+pub struct TokenBatch {
+    /// `[batch_size, seq_length]`
+    pub inputs: Tensor<2, Int>,
+    /// `[batch_size, seq_length]`
+    pub targets: Tensor<2, Int>,
+    /// Where dropout draws from in training.
+    pub dropout_key: Option<RandomKey>,
+}
+
+/// The figures of a step or of a validation batch.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct StepOutput {
+    /// Sum of the negative log-likelihoods in nats.
+    pub nll_sum: f64,
+    /// Number of targets in the sum.
+    pub n_targets: f64,
+    /// What the trainer adds.
+    pub progress: Option<StepProgress>,
+}
+
+impl StepOutput {
+    /// Mean loss in nats per token.
+    pub fn loss(&self) -> f64 {
+        self.nll_sum / self.n_targets
+    }
+}
+
+/// The figures of a training step that the model does not know.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct StepProgress {
+    /// Learning rate of the step.
+    pub learning_rate: f64,
+    /// Norm of all gradients before clipping.
+    pub gradient_norm: f64,
+    /// Training tokens per second so far; nothing before the third step.
+    pub tokens_per_second: Option<f64>,
+    /// Peak resident size of the process.
+    pub peak_memory_bytes: Option<u64>,
+}
+
+impl ItemLazy for StepOutput {
+    fn sync(self) -> Result<Self, ExecutionError> {
+        Ok(self)
+    }
+}
+
+/// A causal language model with its training loss.
+///
+/// The gradients of a step are those of the SUM over its targets, so that micro-batches add up; the strategy divides
+/// by the number of targets.
+#[derive(Module, Debug)]
+pub struct LanguageModel<M: Module> {
+    /// The model.
+    pub model: M,
+    #[module(skip)]
+    loss: CrossEntropyConfig,
+    z_loss: f64,
+}
+
+impl<M: Trainable> LanguageModel<M> {
+    /// Trains `model` with label smoothing and a weighted z-loss.
+    pub fn new(model: M, label_smoothing: f64, z_loss: f64) -> Self {
+        Self {
+            model,
+            loss: CrossEntropyConfig::new().with_label_smoothing(label_smoothing),
+            z_loss,
+        }
+    }
+
+    fn cross_entropy(&self, config: &CrossEntropyConfig, batch: TokenBatch) -> CrossEntropy {
+        let logits = self.model.forward(batch.inputs, batch.dropout_key);
+        let [batch_size, seq_length, vocab_size] = logits.dims();
+        let n_tokens = batch_size * seq_length;
+        config.forward(
+            logits.reshape([n_tokens, vocab_size]),
+            batch.targets.reshape([n_tokens]),
+        )
+    }
+}
+
+fn output(loss: &CrossEntropy) -> StepOutput {
+    let both = Tensor::cat(
+        vec![
+            loss.nll_sum.clone().detach(),
+            loss.n_targets.clone().detach(),
+        ],
+        0,
+    );
+    let both = both.into_data().convert_dtype(DType::F64);
+    let mut values = both.iter::<f64>();
+    let mut next = || values.next().expect("two numbers were joined");
+    StepOutput {
+        nll_sum: next(),
+        n_targets: next(),
+        progress: None,
+    }
+}
+
+impl<M: Trainable> TrainStep for LanguageModel<M> {
+    type Input = TokenBatch;
+    type Output = StepOutput;
+
+    fn step(&self, batch: TokenBatch) -> TrainOutput<StepOutput> {
+        let loss = self.cross_entropy(&self.loss, batch);
+        let total = if self.z_loss > 0.0 {
+            loss.nll_sum.clone() + loss.z_sum.clone() * self.z_loss
+        } else {
+            loss.nll_sum.clone()
+        };
+        let item = output(&loss);
+        TrainOutput::new(self, total.backward(), item)
+    }
+}
+
+impl<M: Trainable> InferenceStep for LanguageModel<M> {
+    type Input = TokenBatch;
+    type Output = StepOutput;
+
+    /// The plain cross-entropy, without label smoothing and dropout.
+    fn step(&self, batch: TokenBatch) -> StepOutput {
+        let batch = TokenBatch {
+            dropout_key: None,
+            ..batch
+        };
+        output(&self.cross_entropy(&CrossEntropyConfig::new(), batch))
+    }
+}

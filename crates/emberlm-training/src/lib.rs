@@ -1,0 +1,42 @@
+//! Training language models on Burn: text data, exact resume, metrics, and a loop that burn-train drives.
+//!
+//! It takes losses and batches and knows no concrete model: anything that is a Burn module and an
+//! [`emberlm_core::CausalModel`] can be trained.
+
+mod checkpoint;
+mod config;
+mod data;
+mod error;
+mod gradients;
+mod learner;
+mod loader;
+mod memory;
+mod metrics;
+mod optimizer;
+mod renderer;
+mod run;
+mod schedule;
+mod session;
+mod trainer;
+
+pub use checkpoint::{
+    Checkpoint, CheckpointError, CheckpointReader, CheckpointStore, Damage, Damaged, Disk, Fault,
+    FaultyDisk, Loaded, Operation, Storage,
+};
+pub use config::TrainingConfig;
+pub use data::{
+    Corpus, Document, EvaluationWindows, Fingerprint, MappedText, TextError, TextPart, TextStream,
+    TrainingWindows,
+};
+pub use error::TrainingError;
+pub use gradients::{global_norm, scale_gradients};
+pub use learner::{LanguageModel, StepOutput, StepProgress, TokenBatch, Trainable};
+pub use loader::{EvaluationLoader, TrainingLoader};
+pub use memory::peak_memory_bytes;
+pub use metrics::{metric_name, register_metrics};
+pub use optimizer::adamw;
+pub use renderer::{LineRenderer, short_duration};
+pub use run::{MetricsLog, Report, RunError, RunFolder, RunHistory, StepRecord};
+pub use schedule::WarmupCosine;
+pub use session::{Counters, Session};
+pub use trainer::{Ending, MAX_SKIPPED_IN_A_ROW, Trainer, Watch, evaluate};

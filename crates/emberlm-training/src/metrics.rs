@@ -1,0 +1,183 @@
+//! The figures on the dashboard, as burn-train metrics.
+
+use std::{f64::consts::LN_2, sync::Arc};
+
+use burn::{
+    tensor::TensorReadError,
+    train::{
+        LearnerModel, SupervisedTraining,
+        metric::{
+            Adaptor, Metric, MetricAttributes, MetricMetadata, MetricName, Numeric,
+            NumericAttributes, NumericEntry, SerializedEntry,
+            state::{FormatOptions, NumericMetricState},
+        },
+    },
+};
+
+use crate::StepOutput;
+
+/// Names of the metrics, as the dashboard and the renderers see them.
+pub mod metric_name {
+    /// Mean cross-entropy in nats per token.
+    pub const LOSS: &str = "Loss";
+    /// Loss in bits per byte of text.
+    pub const BITS_PER_BYTE: &str = "Bits per byte";
+    /// Exponential of the loss.
+    pub const PERPLEXITY: &str = "Perplexity";
+    /// Learning rate of the step.
+    pub const LEARNING_RATE: &str = "Learning rate";
+    /// Norm of all gradients before clipping.
+    pub const GRADIENT_NORM: &str = "Gradient norm";
+    /// Training tokens per second.
+    pub const TOKENS_PER_SECOND: &str = "Tokens per second";
+    /// Peak resident size in MiB.
+    pub const PEAK_MEMORY: &str = "Peak memory";
+}
+
+/// One number of a [`StepOutput`] as a metric; its value over an epoch is the mean.
+#[derive(Clone)]
+struct Figure {
+    name: MetricName,
+    unit: Option<&'static str>,
+    higher_is_better: bool,
+    precision: usize,
+    read: fn(&StepOutput, f64) -> Option<f64>,
+    bytes_per_token: f64,
+    state: NumericMetricState,
+}
+
+impl Figure {
+    fn new(
+        name: &str,
+        unit: Option<&'static str>,
+        precision: usize,
+        read: fn(&StepOutput, f64) -> Option<f64>,
+    ) -> Self {
+        Self {
+            name: Arc::new(name.to_owned()),
+            unit,
+            higher_is_better: false,
+            precision,
+            read,
+            bytes_per_token: 1.0,
+            state: NumericMetricState::new(),
+        }
+    }
+
+    fn format(&self) -> FormatOptions {
+        let options = FormatOptions::new(self.name.clone()).precision(self.precision);
+        match self.unit {
+            Some(unit) => options.unit(unit),
+            None => options,
+        }
+    }
+}
+
+impl Adaptor<StepOutput> for StepOutput {
+    fn adapt(&self) -> StepOutput {
+        *self
+    }
+}
+
+impl Metric for Figure {
+    type Input = StepOutput;
+
+    fn name(&self) -> MetricName {
+        self.name.clone()
+    }
+
+    fn attributes(&self) -> MetricAttributes {
+        NumericAttributes {
+            unit: self.unit.map(str::to_owned),
+            higher_is_better: self.higher_is_better,
+        }
+        .into()
+    }
+
+    fn update(
+        &mut self,
+        item: &StepOutput,
+        _metadata: &MetricMetadata,
+    ) -> Result<SerializedEntry, TensorReadError> {
+        // One number that is not finite would spoil the epoch's mean; the step that had it was skipped.
+        let value = (self.read)(item, self.bytes_per_token).filter(|value| value.is_finite());
+        if let Some(value) = value {
+            self.state.update(value, 1);
+        }
+        Ok(self.state.compute_update(self.format()))
+    }
+
+    fn compute(&mut self) -> Result<SerializedEntry, TensorReadError> {
+        Ok(self.state.compute_final(self.format()))
+    }
+
+    fn clear(&mut self) {
+        self.state.reset();
+    }
+}
+
+impl Numeric for Figure {
+    fn value(&self) -> Option<NumericEntry> {
+        Some(self.state.current_value())
+    }
+
+    fn running_value(&self) -> Option<NumericEntry> {
+        Some(self.state.running_value())
+    }
+
+    fn final_value(&self) -> NumericEntry {
+        self.state.final_value()
+    }
+}
+
+/// Registers loss, bits per byte, perplexity, learning rate, gradient norm, tokens per second and peak memory.
+///
+/// `bytes_per_token` is the mean length of a token in bytes of text: 1 for a model of bytes.
+pub fn register_metrics<M>(
+    training: SupervisedTraining<M>,
+    bytes_per_token: f64,
+) -> SupervisedTraining<M>
+where
+    M: LearnerModel,
+    M: burn::train::TrainStep<Output = StepOutput>,
+    M: burn::train::InferenceStep<Output = StepOutput>,
+{
+    use metric_name::*;
+
+    let both = [
+        Figure::new(LOSS, Some("nats"), 4, |output, _| Some(output.loss())),
+        Figure {
+            bytes_per_token,
+            ..Figure::new(BITS_PER_BYTE, Some("bits"), 4, |output, bytes_per_token| {
+                Some(output.loss() / LN_2 / bytes_per_token)
+            })
+        },
+        Figure::new(PERPLEXITY, None, 3, |output, _| Some(output.loss().exp())),
+    ];
+    let training_only = [
+        Figure::new(LEARNING_RATE, None, 3, |output, _| {
+            output.progress.map(|p| p.learning_rate)
+        }),
+        Figure::new(GRADIENT_NORM, None, 3, |output, _| {
+            output.progress.map(|p| p.gradient_norm)
+        }),
+        Figure {
+            higher_is_better: true,
+            ..Figure::new(TOKENS_PER_SECOND, Some("tokens/s"), 0, |output, _| {
+                output.progress?.tokens_per_second
+            })
+        },
+        Figure::new(PEAK_MEMORY, Some("MiB"), 0, |output, _| {
+            let bytes = output.progress?.peak_memory_bytes?;
+            Some(bytes as f64 / f64::from(1 << 20))
+        }),
+    ];
+    let training = both.into_iter().fold(training, |training, figure| {
+        training
+            .metric_train_numeric(figure.clone())
+            .metric_valid_numeric(figure)
+    });
+    training_only
+        .into_iter()
+        .fold(training, SupervisedTraining::metric_train_numeric)
+}

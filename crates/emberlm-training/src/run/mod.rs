@@ -1,0 +1,13 @@
+//! The folder of a run: what it holds, and reading it again.
+
+mod error;
+mod folder;
+mod history;
+mod metrics_log;
+mod report;
+
+pub use error::RunError;
+pub use folder::RunFolder;
+pub use history::RunHistory;
+pub use metrics_log::{MetricsLog, StepRecord};
+pub use report::Report;

@@ -1,0 +1,146 @@
+//! Loads a run and writes text.
+//!
+//! cargo run --release --example generate -- --run runs/0001 --prompt "It is a truth"
+
+use std::{
+    io::{Write, stdout},
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Instant,
+};
+
+use burn::{
+    module::Module,
+    tensor::Device,
+};
+use clap::Parser;
+use emberlm::{
+    core::{CachedModel, Generator, SamplingConfig, StopStrings, Utf8Stream},
+    models::{Decoder, load_decoder},
+    training::{CheckpointReader, LanguageModel, RunFolder, Session},
+};
+use emberlm_examples::{RunConfig, choose_device, exit_with};
+
+/// Write text with a trained model
+#[derive(Parser)]
+#[command(version)]
+struct Args {
+    /// The run's folder
+    #[arg(long, value_name = "DIR")]
+    run: PathBuf,
+    /// The text to continue
+    #[arg(long)]
+    prompt: String,
+    /// Tokens to write at most
+    #[arg(long, default_value_t = 400)]
+    max_tokens: usize,
+    /// Always take the likeliest token; the same as --temperature 0
+    #[arg(long)]
+    greedy: bool,
+    /// Below 1 sharper, above 1 flatter
+    #[arg(long, default_value_t = 0.8)]
+    temperature: f64,
+    /// Choose among the K likeliest tokens
+    #[arg(long, value_name = "K")]
+    top_k: Option<usize>,
+    /// Choose among the likeliest tokens that make up this share of the probability
+    #[arg(long, value_name = "P")]
+    top_p: Option<f64>,
+    /// Leave out tokens below this share of the likeliest one's probability
+    #[arg(long, value_name = "P")]
+    min_p: Option<f64>,
+    /// Above 1 makes what is in the text already less likely
+    #[arg(long, default_value_t = 1.0)]
+    repetition_penalty: f64,
+    /// Stop before this string; may be given several times
+    #[arg(long, value_name = "STRING")]
+    stop: Vec<String>,
+    /// Seed of the draws
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Device, such as flex, ndarray, vulkan:0
+    #[arg(long)]
+    device: Option<String>,
+}
+
+type AnyError = Box<dyn std::error::Error>;
+
+fn main() -> ExitCode {
+    exit_with(generate(&Args::parse()))
+}
+
+fn generate(args: &Args) -> Result<(), AnyError> {
+    let mut sampling = SamplingConfig::default()
+        .with_temperature(if args.greedy { 0.0 } else { args.temperature })
+        .with_top_k(args.top_k)
+        .with_top_p(args.top_p)
+        .with_min_p(args.min_p)
+        .with_repetition_penalty(args.repetition_penalty);
+    sampling.seed = args.seed;
+    sampling.validate()?;
+    let mut stops = StopStrings::new(args.stop.clone())?;
+    let (device_name, device) = choose_device(args.device.as_deref())?;
+    let model = load(&args.run, &device)?;
+    eprintln!("device: {device_name}");
+
+    let prompt: Vec<u32> = args.prompt.bytes().map(u32::from).collect();
+    let mut generator = Generator::new(&model, &prompt, args.max_tokens, sampling, &device)?;
+    let mut characters = Utf8Stream::new();
+    let begin = Instant::now();
+    let mut n_tokens = 0;
+    let mut told = false;
+    show(&args.prompt)?;
+    while let Some(token) = generator.next() {
+        n_tokens += 1;
+        if generator.n_slides() > 0 && !told {
+            told = true;
+            let longest = model.max_seq_length().unwrap_or(usize::MAX);
+            eprintln!("\nthe text is longer than the {longest} positions of the model: from here on it sees the last half of them again");
+        }
+        show(&stops.push(&characters.push(&[token? as u8])))?;
+        if stops.is_stopped() {
+            break;
+        }
+    }
+    if !stops.is_stopped() {
+        show(&stops.push(&characters.finish()))?;
+        show(&stops.finish())?;
+    }
+    let seconds = begin.elapsed().as_secs_f64();
+    println!();
+    eprintln!("{n_tokens} tokens in {seconds:.2} s, {:.0} tokens/s", n_tokens as f64 / seconds);
+    Ok(())
+}
+
+fn show(text: &str) -> std::io::Result<()> {
+    stdout().write_all(text.as_bytes())?;
+    stdout().flush()
+}
+
+/// The model of a run: its weights, or its last checkpoint if it was killed before it wrote them.
+fn load(run: &Path, device: &Device) -> Result<Decoder, AnyError> {
+    if !run.join(RunFolder::CONFIG).is_file() {
+        return Err(format!(
+            "{} holds no run: give the folder that pretrain wrote",
+            run.display()
+        )
+        .into());
+    }
+    if run.join(RunFolder::WEIGHTS).is_file() {
+        return Ok(load_decoder(run, device)?.1);
+    }
+    let reader = CheckpointReader::open(&run.join(RunFolder::CHECKPOINTS))?;
+    let Some(loaded) = reader.load_newest()? else {
+        return Err(format!(
+            "{} has no weights yet: let it train to its first checkpoint",
+            run.display()
+        )
+        .into());
+    };
+    eprintln!("the run was not finished: taking its checkpoint of step {}", loaded.checkpoint.step);
+    let config = RunConfig::read(&run.join(RunFolder::CONFIG))?;
+    let model = LanguageModel::new(config.model.init(device), 0.0, 0.0);
+    let session = Session::new(model, &config.training);
+    let session = session.restore(&loaded.checkpoint, reader.dir())?;
+    Ok(session.model.model.valid())
+}

@@ -1,0 +1,492 @@
+//! Pretrains a decoder-only language model on text, shows how it goes, and writes a sample at the end.
+//!
+//! cargo run --release --example pretrain -- --help
+
+use std::{
+    any::Any,
+    io::{IsTerminal, Write, stdout},
+    panic,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use burn::{module::Module, tensor::Device};
+use clap::Parser;
+use emberlm::{
+    core::{Generator, SamplingConfig, Utf8Stream},
+    models::{Decoder, save_weights},
+    training::{
+        CheckpointStore, Corpus, Ending, EvaluationLoader, EvaluationWindows, LanguageModel,
+        LineRenderer, MAX_SKIPPED_IN_A_ROW, MetricsLog, Report, RunFolder, RunHistory, Session,
+        Trainer, TrainingError, TrainingLoader, TrainingWindows, Watch, evaluate,
+        peak_memory_bytes, short_duration,
+    },
+};
+use emberlm_examples::{
+    Overrides, Preset, RunConfig, Stop, choose_device, exit_with, keep_ctrl_c, plot,
+};
+
+/// Pretrain a language model on text
+#[derive(Parser)]
+#[command(version)]
+struct Args {
+    /// Text to train on: a UTF-8 file, or a folder of *.txt and *.md; may be given several times [default: the six
+    /// novels of Jane Austen that come with the repository]
+    #[arg(long, value_name = "FILE|DIR")]
+    text: Vec<PathBuf>,
+    /// A model and a plan by name [default: tiny]
+    #[arg(long)]
+    preset: Option<Preset>,
+    /// A JSON file with any fields of the model and the plan, over the preset
+    #[arg(long, value_name = "FILE.json")]
+    config: Option<PathBuf>,
+    /// Number of optimizer steps
+    #[arg(long)]
+    steps: Option<u64>,
+    /// Sequences in a step
+    #[arg(long)]
+    batch_size: Option<usize>,
+    /// Tokens in a sequence
+    #[arg(long)]
+    seq_length: Option<usize>,
+    /// Seed of initialisation, batches and dropout
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Steps between checkpoints
+    #[arg(long, value_name = "N")]
+    checkpoint_every: Option<u64>,
+    /// The run's folder, new or empty [default: the next number under runs/]
+    #[arg(long, value_name = "DIR", conflicts_with = "resume")]
+    out: Option<PathBuf>,
+    /// Continue the run in this folder from its last checkpoint, exactly
+    #[arg(long, value_name = "DIR")]
+    resume: Option<PathBuf>,
+    /// Where the final figures go too, besides the run's folder
+    #[arg(long, value_name = "FILE.json")]
+    report: Option<PathBuf>,
+    /// Device, such as flex, ndarray, vulkan:0 [default: the GPU that is compiled in, else ndarray, else flex]
+    #[arg(long)]
+    device: Option<String>,
+    /// Print lines even if the terminal could show the dashboard
+    #[arg(long)]
+    no_tui: bool,
+}
+
+type AnyError = Box<dyn std::error::Error>;
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let mut code = ExitCode::SUCCESS;
+    let result = pretrain(&args).map(|exit| code = exit);
+    match result {
+        Ok(()) => code,
+        Err(error) => exit_with(Err::<(), _>(error)),
+    }
+}
+
+/// A run that is about to begin or to go on: everything is validated, nothing is created yet.
+struct Plan {
+    config: RunConfig,
+    training: Arc<TrainingWindows>,
+    held_out: Arc<EvaluationWindows>,
+    prompt: Vec<u8>,
+}
+
+// Bytes of held-out text that the sample continues.
+const PROMPT_BYTES: usize = 64;
+const SAMPLE_TOKENS: usize = 400;
+
+fn pretrain(args: &Args) -> Result<ExitCode, AnyError> {
+    let (device_name, device) = choose_device(args.device.as_deref())?;
+    println!("device: {device_name}");
+    let plan = plan(args)?;
+    if let Some(path) = &args.report {
+        check_writable(path)?;
+    }
+    let stop = Stop::on_signals()?;
+    let folder = match (&args.resume, &args.out) {
+        (Some(path), _) => RunFolder::open(path)?,
+        (None, Some(path)) => RunFolder::create(path)?,
+        (None, None) => RunFolder::create_numbered(Path::new("runs"))?,
+    };
+    let (trainer, extended) = prepare(&plan, &folder, &device)?;
+    announce(&plan, &folder, &trainer);
+    if extended {
+        println!(
+            "the learning-rate schedule changed: it now ends at step {} instead of {}",
+            plan.config.training.steps,
+            RunConfig::read(&folder.file(RunFolder::CONFIG))?.training.steps
+        );
+    }
+    plan.config.write(&folder.file(RunFolder::CONFIG))?;
+
+    let (trainer, ending) = match train(trainer, &plan, &folder, &device, &stop, args.no_tui) {
+        Ok(trained) => trained,
+        Err(Killed) => {
+            eprintln!("killed: continue from the last checkpoint with --resume {}", folder.path().display());
+            return Ok(ExitCode::from(137));
+        }
+    };
+    let ending = ending?;
+    let step = trainer.session.counters.step;
+    save_weights(&trainer.session.model.model, &folder.file(RunFolder::WEIGHTS))?;
+    let how_to_resume = format!("continue with --resume {}", folder.path().display());
+    match ending {
+        Ending::Finished => {}
+        Ending::Interrupted => {
+            println!("stopped after step {step} and saved: {how_to_resume}");
+            return Ok(ExitCode::SUCCESS);
+        }
+        Ending::Diverged => {
+            eprintln!(
+                "error: {MAX_SKIPPED_IN_A_ROW} steps in a row had a loss or gradient that is not finite; saved after step {step}: lower the learning rate in a new run, or {how_to_resume}"
+            );
+            return Ok(ExitCode::from(1));
+        }
+    }
+    let Some(valid_loss) = evaluate_all(&trainer, &plan, &device, &stop)? else {
+        println!("stopped before the whole held-out text was read; all {step} steps are saved: {how_to_resume}");
+        return Ok(ExitCode::SUCCESS);
+    };
+    report(args, &trainer, &folder, valid_loss)?;
+    sample(&trainer.session.model, &plan.prompt, &device)?;
+    println!("\nrun: {}", folder.path().display());
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Resolves and validates configuration and text.
+fn plan(args: &Args) -> Result<Plan, AnyError> {
+    let overrides = Overrides {
+        preset: args.preset,
+        file: args.config.clone(),
+        steps: args.steps,
+        batch_size: args.batch_size,
+        seq_length: args.seq_length,
+        seed: args.seed,
+        checkpoint_every: args.checkpoint_every,
+    };
+    let mut sources = if args.text.is_empty() {
+        vec![default_text()]
+    } else {
+        args.text.clone()
+    };
+    let earlier = match &args.resume {
+        None => None,
+        Some(path) => {
+            // Checks that it holds a run and that nobody trains in it.
+            drop(RunFolder::open(path)?);
+            Some(RunConfig::read(&path.join(RunFolder::CONFIG))?)
+        }
+    };
+    if let (Some(earlier), true) = (&earlier, args.text.is_empty()) {
+        sources = earlier.sources.clone();
+    }
+    let corpus = Corpus::open(&sources)?;
+    let (n_documents, n_skipped) = (corpus.documents().len(), corpus.skipped());
+    println!(
+        "text: {n_documents} document{}, {} training and {} held-out bytes{}",
+        plural(n_documents),
+        corpus.training().len(),
+        corpus.held_out().len(),
+        match n_skipped {
+            0 => String::new(),
+            n => format!(", {n} other file{} skipped", plural(n)),
+        }
+    );
+    let documents = corpus.fingerprints();
+    let config = match earlier {
+        Some(earlier) => {
+            let config = overrides.resume(&earlier)?;
+            if let Some(changed) = changed_document(&earlier, &documents) {
+                return Err(format!(
+                    "{changed} is not the text the run began with: a run continues on the same text only"
+                )
+                .into());
+            }
+            config
+        }
+        None => {
+            if let Some(path) = &args.out {
+                RunFolder::check_free(path)?;
+            }
+            let (model, training) = overrides.resolve()?;
+            let sources = sources
+                .iter()
+                .map(std::path::absolute)
+                .collect::<Result<_, _>>()?;
+            RunConfig {
+                model,
+                training,
+                sources,
+                documents,
+            }
+        }
+    };
+    let (seq_length, seed) = (config.training.seq_length, config.training.seed);
+    let held_out = corpus.held_out();
+    let mut prompt = vec![0; PROMPT_BYTES.min(held_out.len())];
+    held_out.copy(0, &mut prompt);
+    Ok(Plan {
+        training: Arc::new(TrainingWindows::new(corpus.training(), seq_length, seed)?),
+        held_out: Arc::new(EvaluationWindows::new(held_out, seq_length)?),
+        prompt: whole_characters(prompt),
+        config,
+    })
+}
+
+/// The text that comes with the repository: beside the current folder, or where the program was built.
+fn default_text() -> PathBuf {
+    let here = PathBuf::from("data/austen.txt");
+    if here.exists() {
+        here
+    } else {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../data/austen.txt")
+    }
+}
+
+/// The first document whose content is not what the run began with.
+fn changed_document(
+    earlier: &RunConfig,
+    now: &[emberlm::training::Fingerprint],
+) -> Option<String> {
+    let content = |documents: &[emberlm::training::Fingerprint]| -> Vec<(u64, u32)> {
+        documents.iter().map(|d| (d.bytes, d.crc32)).collect()
+    };
+    let (before, after) = (content(&earlier.documents), content(now));
+    let first = before.iter().zip(&after).position(|(a, b)| a != b);
+    let first = first.or((before.len() != after.len()).then(|| before.len().min(after.len())))?;
+    let document = now.get(first).or_else(|| earlier.documents.get(first))?;
+    Some(document.path.display().to_string())
+}
+
+/// Cuts a character that is not whole off the end.
+fn whole_characters(mut bytes: Vec<u8>) -> Vec<u8> {
+    if let Err(error) = std::str::from_utf8(&bytes) {
+        bytes.truncate(error.valid_up_to());
+    }
+    bytes
+}
+
+fn plural(n: usize) -> &'static str {
+    if n == 1 { "" } else { "s" }
+}
+
+/// Makes sure that a report can be written before the training begins.
+fn check_writable(path: &Path) -> Result<(), AnyError> {
+    let folder = path.parent().filter(|folder| *folder != Path::new(""));
+    if path.is_dir() || folder.is_some_and(|folder| !folder.is_dir()) {
+        return Err(format!("--report {}: give a file in a folder that exists", path.display()).into());
+    }
+    Ok(())
+}
+
+/// A new session, or the one of the last intact checkpoint; and whether the schedule was extended.
+fn prepare(
+    plan: &Plan,
+    folder: &RunFolder,
+    device: &Device,
+) -> Result<(Trainer<Decoder>, bool), AnyError> {
+    let training = &plan.config.training;
+    let model = plan.config.model.init(&device.clone().autodiff());
+    let model = LanguageModel::new(model, training.label_smoothing, training.z_loss);
+    let mut session = Session::new(model, training);
+    let checkpoints = CheckpointStore::open(&folder.file(RunFolder::CHECKPOINTS))?;
+    let earlier = folder.file(RunFolder::CONFIG);
+    let extended =
+        earlier.is_file() && RunConfig::read(&earlier)?.training.steps != training.steps;
+    if let Some(loaded) = checkpoints.reader().load_newest()? {
+        for damaged in &loaded.damaged {
+            eprintln!("warning: {damaged}; going on from step {}", loaded.checkpoint.step);
+        }
+        session = session.restore(&loaded.checkpoint, checkpoints.reader().dir())?;
+    }
+    let step = session.counters.step;
+    if step > training.steps {
+        return Err(format!(
+            "the run has done {step} steps already: --steps {} is fewer",
+            training.steps
+        )
+        .into());
+    }
+    let log = folder.file(MetricsLog::FILE_NAME);
+    if log.exists() {
+        MetricsLog::truncate_after(&log, step)?;
+    }
+    let trainer = Trainer {
+        config: training.clone(),
+        session,
+        checkpoints,
+        metrics: MetricsLog::open(folder.path())?,
+    };
+    Ok((trainer, extended))
+}
+
+fn announce(plan: &Plan, folder: &RunFolder, trainer: &Trainer<Decoder>) {
+    let training = &plan.config.training;
+    println!(
+        "model: {} parameters; {} steps of {} x {} tokens; run: {}",
+        trainer.session.model.num_params(),
+        training.steps,
+        training.batch_size,
+        training.seq_length,
+        folder.path().display()
+    );
+    if trainer.session.counters.step > 0 {
+        println!("resuming after step {}", trainer.session.counters.step);
+    }
+}
+
+/// The dashboard's user killed the run.
+struct Killed;
+
+type Trained = (Trainer<Decoder>, Result<Ending, TrainingError>);
+
+fn train(
+    trainer: Trainer<Decoder>,
+    plan: &Plan,
+    folder: &RunFolder,
+    device: &Device,
+    stop: &Stop,
+    no_tui: bool,
+) -> Result<Trained, Killed> {
+    let config = &plan.config.training;
+    let step = trainer.session.counters.step;
+    let training = TrainingLoader::new(plan.training.clone(), config, step + 1, device);
+    let chosen = plan.held_out.fixed(config.validation_windows);
+    let validation =
+        EvaluationLoader::new(plan.held_out.clone(), &chosen, config.batch_size, device);
+    let dashboard = stdout().is_terminal() && !no_tui;
+    let lines = || {
+        let every = Duration::from_secs(10);
+        let lines = LineRenderer::new(stdout(), config.steps, step, config.validate_every, every);
+        Box::new(lines) as Box<_>
+    };
+    let watch = Watch {
+        renderer: (!dashboard).then(lines),
+        interrupter: stop.interrupter(),
+        bytes_per_token: 1.0,
+    };
+    let guard = dashboard.then(keep_ctrl_c);
+    // The dashboard's kill is a panic of burn-train's; any other panic goes on.
+    let trained = panic::catch_unwind(panic::AssertUnwindSafe(|| {
+        trainer.train(Arc::new(training), Arc::new(validation), folder.path(), watch)
+    }));
+    drop(guard);
+    trained.map_err(|payload| match message(&*payload) {
+        Some(text) if text.contains("Killing training from user input") => Killed,
+        _ => panic::resume_unwind(payload),
+    })
+}
+
+fn message(payload: &(dyn Any + Send)) -> Option<&str> {
+    payload
+        .downcast_ref::<&str>()
+        .copied()
+        .or_else(|| payload.downcast_ref::<String>().map(String::as_str))
+}
+
+/// The loss over the whole held-out text; nothing if a signal came in between.
+fn evaluate_all(
+    trainer: &Trainer<Decoder>,
+    plan: &Plan,
+    device: &Device,
+    stop: &Stop,
+) -> Result<Option<f64>, TrainingError> {
+    let all: Vec<usize> = (0..plan.held_out.len()).collect();
+    let batch_size = plan.config.training.batch_size;
+    let loader = EvaluationLoader::new(plan.held_out.clone(), &all, batch_size, device);
+    let begin = Instant::now();
+    let mut last_line = begin;
+    let mut done = 0;
+    let result = evaluate(&trainer.session.model, &loader, |_, rows| {
+        done += rows;
+        if last_line.elapsed() > Duration::from_secs(10) {
+            last_line = Instant::now();
+            let left = begin.elapsed() / done as u32 * (all.len() - done) as u32;
+            let total = all.len();
+            println!("reading the held-out text: {done}/{total} windows  ETA {}", short_duration(left));
+        }
+        if stop.requested() {
+            return Err(TrainingError::Stopped);
+        }
+        Ok(())
+    });
+    match result {
+        Err(TrainingError::Stopped) => Ok(None),
+        result => result.map(Some),
+    }
+}
+
+// The training loss of a report is the mean over so many of the last steps.
+const TRAIN_LOSS_STEPS: usize = 100;
+
+fn report(
+    args: &Args,
+    trainer: &Trainer<Decoder>,
+    folder: &RunFolder,
+    valid_loss: f64,
+) -> Result<(), AnyError> {
+    let counters = &trainer.session.counters;
+    let history = RunHistory::load(folder.path())?;
+    let losses: Vec<f64> = history.train_losses().iter().map(|(_, loss)| *loss).collect();
+    let last = &losses[losses.len().saturating_sub(TRAIN_LOSS_STEPS)..];
+    let train_loss = last.iter().sum::<f64>() / last.len() as f64;
+    let report = Report {
+        train_loss: Some(train_loss),
+        valid_loss: Some(valid_loss),
+        bits_per_byte: Some(valid_loss / std::f64::consts::LN_2),
+        tokens_per_second: counters.tokens_per_second(),
+        peak_memory_bytes: peak_memory_bytes(),
+        parameters: Some(trainer.session.model.num_params() as u64),
+        steps: Some(counters.step),
+        seconds: Some(counters.seconds),
+    };
+    report.write(folder.file(Report::FILE_NAME))?;
+    if let Some(path) = &args.report {
+        report.write(path)?;
+    }
+    let curves = RunHistory::load(folder.path())?;
+    plot::draw_curves(
+        &[curves],
+        &folder.file("curves.svg"),
+        &folder.file("curves.png"),
+    )?;
+    println!(
+        "trained {} steps in {}{}: train loss {train_loss:.4}, validation loss {valid_loss:.4} over the whole held-out text ({:.4} bits per byte)",
+        counters.step,
+        short_duration(Duration::from_secs_f64(counters.seconds)),
+        match counters.tokens_per_second() {
+            Some(speed) => format!(" at {speed:.0} tokens/s"),
+            None => String::new(),
+        },
+        valid_loss / std::f64::consts::LN_2
+    );
+    if counters.skipped > 0 {
+        println!("{} steps were skipped: their loss or gradient was not finite", counters.skipped);
+    }
+    Ok(())
+}
+
+fn sample(
+    model: &LanguageModel<Decoder>,
+    prompt: &[u8],
+    device: &Device,
+) -> Result<(), AnyError> {
+    let tokens: Vec<u32> = prompt.iter().map(|byte| u32::from(*byte)).collect();
+    let sampling = SamplingConfig::default()
+        .with_temperature(0.8)
+        .with_top_p(Some(0.95));
+    let model = model.model.valid();
+    println!("\n--- the model continues the held-out text ---");
+    print!("{}", String::from_utf8_lossy(prompt));
+    let mut characters = Utf8Stream::new();
+    for token in Generator::new(&model, &tokens, SAMPLE_TOKENS, sampling, device)? {
+        print!("{}", characters.push(&[token? as u8]));
+        stdout().flush()?;
+    }
+    println!("{}", characters.finish());
+    Ok(())
+}
+

@@ -1,0 +1,312 @@
+//! The configuration of a run: a preset, a file over it, options over both.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use emberlm::{
+    core::InvalidConfig,
+    models::{DecoderConfig, PositionsConfig},
+    training::{Fingerprint, TrainingConfig},
+};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde_json::{Map, Value};
+use thiserror::Error;
+
+use crate::Preset;
+
+/// Everything a run needs to be repeated or continued; `config.json` in its folder.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct RunConfig {
+    /// The model.
+    pub model: DecoderConfig,
+    /// How it is trained.
+    pub training: TrainingConfig,
+    /// The files and folders the text comes from.
+    pub sources: Vec<PathBuf>,
+    /// The documents and their checksums, so that a continued run sees the same text.
+    pub documents: Vec<Fingerprint>,
+}
+
+/// What the command line says about the configuration.
+#[derive(Debug, Clone, Default)]
+pub struct Overrides {
+    /// A named model and plan.
+    pub preset: Option<Preset>,
+    /// A JSON file with fields of `model` and `training`.
+    pub file: Option<PathBuf>,
+    /// Number of steps.
+    pub steps: Option<u64>,
+    /// Sequences a step.
+    pub batch_size: Option<usize>,
+    /// Tokens a sequence; learned positions follow it.
+    pub seq_length: Option<usize>,
+    /// Seed of initialisation, batches and dropout.
+    pub seed: Option<u64>,
+    /// Steps between checkpoints.
+    pub checkpoint_every: Option<u64>,
+}
+
+/// What is wrong with a configuration.
+#[derive(Debug, Error)]
+pub enum ConfigError {
+    /// The file cannot be read or written.
+    #[error("{path}: {source}")]
+    Io {
+        /// Which file.
+        path: PathBuf,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// There is nothing in the file.
+    #[error("{path} is empty: write a JSON object such as {{\"model\": {{\"n_layers\": 6}}}}")]
+    Empty {
+        /// Which file.
+        path: PathBuf,
+    },
+    /// The file is not JSON, or a field has the wrong type.
+    #[error("{path}: {field}: {message}")]
+    Field {
+        /// Which file.
+        path: PathBuf,
+        /// Which field.
+        field: String,
+        /// What is wrong with it.
+        message: String,
+    },
+    /// There is no such field.
+    #[error("{path}: there is no field {field}; the fields here are {}", known.join(", "))]
+    UnknownField {
+        /// Which file.
+        path: PathBuf,
+        /// Which field.
+        field: String,
+        /// The fields there are.
+        known: Vec<String>,
+    },
+    /// The fields do not fit together.
+    #[error("{section}.{source}")]
+    Invalid {
+        /// `model` or `training`.
+        section: &'static str,
+        /// What does not fit.
+        source: InvalidConfig,
+    },
+    /// The sequences are longer than the model.
+    #[error(
+        "training.seq_length is {seq_length}, but model.positions has {max_seq_length}: raise max_seq_length"
+    )]
+    Positions {
+        /// Tokens a sequence.
+        seq_length: usize,
+        /// Learned positions.
+        max_seq_length: usize,
+    },
+    /// The run that is to be continued has another configuration.
+    #[error(
+        "{field} is {of_run} in the run to be resumed, but {asked} was asked for: leave the option away, or begin a new run"
+    )]
+    Differs {
+        /// Which field.
+        field: String,
+        /// The run's value.
+        of_run: String,
+        /// The value asked for.
+        asked: String,
+    },
+}
+
+impl Overrides {
+    /// The model and the plan for a new run.
+    ///
+    /// # Errors
+    ///
+    /// A file that cannot be read, or a field that is unknown, of the wrong type or invalid.
+    pub fn resolve(&self) -> Result<(DecoderConfig, TrainingConfig), ConfigError> {
+        let (mut model, mut training) = self.preset.unwrap_or(Preset::Tiny).resolve();
+        if let Some(seq_length) = self.seq_length {
+            model.positions = PositionsConfig::Learned {
+                max_seq_length: seq_length,
+            };
+        }
+        if let Some(path) = &self.file {
+            (model, training) = overlay(path, &model, &training)?;
+        }
+        self.apply(&mut model, &mut training);
+        validate(&model, &training)?;
+        Ok((model, training))
+    }
+
+    /// The configuration with which a run is continued: the run's own, but for the number of steps and the time
+    /// between checkpoints.
+    ///
+    /// # Errors
+    ///
+    /// Options that contradict the run.
+    pub fn resume(&self, run: &RunConfig) -> Result<RunConfig, ConfigError> {
+        let (mut model, mut training) = if self.preset.is_some() || self.file.is_some() {
+            self.resolve()?
+        } else {
+            (run.model.clone(), run.training.clone())
+        };
+        self.apply(&mut model, &mut training);
+        let mut resumed = run.clone();
+        if let Some(steps) = self.steps {
+            resumed.training.steps = steps;
+        }
+        if let Some(every) = self.checkpoint_every {
+            resumed.training.checkpoint_every = every;
+        }
+        training.steps = resumed.training.steps;
+        training.checkpoint_every = resumed.training.checkpoint_every;
+        for (section, of_run, asked) in [
+            ("model", json(&resumed.model), json(&model)),
+            ("training", json(&resumed.training), json(&training)),
+        ] {
+            for (field, of_run) in &of_run {
+                if *of_run != asked[field] {
+                    return Err(ConfigError::Differs {
+                        field: format!("{section}.{field}"),
+                        of_run: of_run.to_string(),
+                        asked: asked[field].to_string(),
+                    });
+                }
+            }
+        }
+        validate(&resumed.model, &resumed.training)?;
+        Ok(resumed)
+    }
+
+    fn apply(&self, model: &mut DecoderConfig, training: &mut TrainingConfig) {
+        training.steps = self.steps.unwrap_or(training.steps);
+        training.batch_size = self.batch_size.unwrap_or(training.batch_size);
+        training.seq_length = self.seq_length.unwrap_or(training.seq_length);
+        training.checkpoint_every = self.checkpoint_every.unwrap_or(training.checkpoint_every);
+        training.seed = self.seed.unwrap_or(training.seed);
+        model.seed = self.seed.unwrap_or(model.seed);
+    }
+}
+
+impl RunConfig {
+    /// Reads a run's `config.json`.
+    ///
+    /// # Errors
+    ///
+    /// A file that cannot be read or is no configuration.
+    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+        parse(path, &read(path)?)
+    }
+
+    /// Writes it, whole or not at all.
+    ///
+    /// # Errors
+    ///
+    /// A file that cannot be written.
+    pub fn write(&self, path: &Path) -> Result<(), ConfigError> {
+        let text = serde_json::to_string_pretty(self).expect("a configuration is plain data");
+        let temporary = path.with_extension("json.tmp");
+        fs::write(&temporary, text)
+            .and_then(|()| fs::File::open(&temporary)?.sync_all())
+            .and_then(|()| fs::rename(&temporary, path))
+            .map_err(|source| ConfigError::Io {
+                path: path.to_owned(),
+                source,
+            })
+    }
+}
+
+fn read(path: &Path) -> Result<Value, ConfigError> {
+    let text = fs::read_to_string(path).map_err(|source| ConfigError::Io {
+        path: path.to_owned(),
+        source,
+    })?;
+    if text.trim().is_empty() {
+        return Err(ConfigError::Empty {
+            path: path.to_owned(),
+        });
+    }
+    serde_json::from_str(&text).map_err(|error| ConfigError::Field {
+        path: path.to_owned(),
+        field: "not JSON".to_owned(),
+        message: error.to_string(),
+    })
+}
+
+fn parse<T: DeserializeOwned>(path: &Path, value: &Value) -> Result<T, ConfigError> {
+    serde_path_to_error::deserialize(value).map_err(|error| ConfigError::Field {
+        path: path.to_owned(),
+        field: error.path().to_string(),
+        message: error.inner().to_string(),
+    })
+}
+
+fn json<T: Serialize>(config: &T) -> Map<String, Value> {
+    match serde_json::to_value(config) {
+        Ok(Value::Object(fields)) => fields,
+        _ => unreachable!("a configuration is a struct of plain data"),
+    }
+}
+
+/// Puts the fields of a file over a configuration.
+fn overlay(
+    path: &Path,
+    model: &DecoderConfig,
+    training: &TrainingConfig,
+) -> Result<(DecoderConfig, TrainingConfig), ConfigError> {
+    #[derive(Deserialize)]
+    struct Sections {
+        model: DecoderConfig,
+        training: TrainingConfig,
+    }
+    let mut sections = Map::from_iter([
+        ("model".to_owned(), Value::Object(json(model))),
+        ("training".to_owned(), Value::Object(json(training))),
+    ]);
+    let wrong_type = |field: &str| ConfigError::Field {
+        path: path.to_owned(),
+        field: field.to_owned(),
+        message: "expected an object".to_owned(),
+    };
+    let known = |field: String, fields: &Map<String, Value>| ConfigError::UnknownField {
+        path: path.to_owned(),
+        field,
+        known: fields.keys().cloned().collect(),
+    };
+    let Value::Object(given) = read(path)? else {
+        return Err(wrong_type("the file"));
+    };
+    for (section, fields) in given {
+        if !sections.contains_key(&section) {
+            return Err(known(section, &sections));
+        }
+        let (Value::Object(fields), Some(Value::Object(base))) =
+            (fields, sections.get_mut(&section))
+        else {
+            return Err(wrong_type(&section));
+        };
+        for (field, value) in fields {
+            if !base.contains_key(&field) {
+                return Err(known(format!("{section}.{field}"), base));
+            }
+            base.insert(field, value);
+        }
+    }
+    let Sections { model, training } = parse(path, &Value::Object(sections))?;
+    Ok((model, training))
+}
+
+fn validate(model: &DecoderConfig, training: &TrainingConfig) -> Result<(), ConfigError> {
+    let invalid = |section| move |source| ConfigError::Invalid { section, source };
+    model.validate().map_err(invalid("model"))?;
+    training.validate().map_err(invalid("training"))?;
+    match model.max_seq_length() {
+        Some(max_seq_length) if training.seq_length > max_seq_length => {
+            Err(ConfigError::Positions {
+                seq_length: training.seq_length,
+                max_seq_length,
+            })
+        }
+        _ => Ok(()),
+    }
+}
