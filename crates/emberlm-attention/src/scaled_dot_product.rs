@@ -84,9 +84,10 @@ pub fn scaled_dot_product(
     let rows = n_heads / n_kv_heads * query_length;
     let scale = options.scale.unwrap_or_else(|| (d_head as f64).powf(-0.5));
     let query = query.reshape([batch_size, n_kv_heads, rows, d_head]) * scale;
-    let scores = query
-        .matmul(key.transpose())
-        .reshape([batch_size, n_heads, query_length, key_length]);
+    let scores =
+        query
+            .matmul(key.transpose())
+            .reshape([batch_size, n_heads, query_length, key_length]);
     let scores = match options.cap {
         ScoreCap::None => scores,
         ScoreCap::Tanh(limit) => (scores / limit).tanh() * limit,

@@ -63,9 +63,18 @@ mod tests {
     #[test]
     fn keys_give_different_masks() {
         let x = Tensor::<1>::ones([1000], &Device::flex());
-        let a: Vec<f32> = dropout(x.clone(), 0.5, Some(RandomKey::new(1))).to_data().iter::<f32>().collect();
-        let b: Vec<f32> = dropout(x, 0.5, Some(RandomKey::new(1).fold(1))).to_data().iter::<f32>().collect();
+        let a: Vec<f32> = dropout(x.clone(), 0.5, Some(RandomKey::new(1)))
+            .to_data()
+            .iter::<f32>()
+            .collect();
+        let b: Vec<f32> = dropout(x, 0.5, Some(RandomKey::new(1).fold(1)))
+            .to_data()
+            .iter::<f32>()
+            .collect();
         let equal = a.iter().zip(&b).filter(|(a, b)| a == b).count();
-        assert!((400..600).contains(&equal), "{equal} of 1000 elements agree");
+        assert!(
+            (400..600).contains(&equal),
+            "{equal} of 1000 elements agree"
+        );
     }
 }

@@ -119,7 +119,12 @@ mod tests {
         // 8,192 draws: the deviation's own relative error is 0.8 %; three of those.
         assert!((deviation(a.up.weight.val()) / 0.02 - 1.0).abs() < 0.024);
         assert!((deviation(a.down.weight.val()) / (0.02 / 4.0) - 1.0).abs() < 0.024);
-        let bias: Vec<f32> = a.up.bias.expect("has a bias").to_data().iter::<f32>().collect();
+        let bias: Vec<f32> =
+            a.up.bias
+                .expect("has a bias")
+                .to_data()
+                .iter::<f32>()
+                .collect();
         assert!(bias.iter().all(|b| *b == 0.0));
     }
 }

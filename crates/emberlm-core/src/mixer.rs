@@ -19,7 +19,8 @@ pub trait SequenceMixer {
     /// Mixes the next positions of a sequence whose earlier part is in the cache, and adds them to it.
     ///
     /// Law: over a split sequence this equals [`forward`](Self::forward) over the whole.
-    fn forward_cached(&self, x: Tensor<3>, context: &Context, cache: &mut Self::Cache) -> Tensor<3>;
+    fn forward_cached(&self, x: Tensor<3>, context: &Context, cache: &mut Self::Cache)
+    -> Tensor<3>;
 
     /// An empty cache for `capacity` positions.
     fn new_cache(&self, capacity: usize) -> Self::Cache;

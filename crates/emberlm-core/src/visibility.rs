@@ -49,11 +49,8 @@ impl Visibility {
             return Self::full();
         }
         let key_length = first_position + query_length;
-        let hidden = Tensor::<2, Bool>::tril_mask(
-            [query_length, key_length],
-            first_position as i64,
-            device,
-        );
+        let hidden =
+            Tensor::<2, Bool>::tril_mask([query_length, key_length], first_position as i64, device);
         Self {
             hidden: Some(hidden.unsqueeze::<4>()),
             may_hide_whole_rows: false,
@@ -77,12 +74,18 @@ impl Visibility {
     pub fn and_documents(self, queries: Tensor<2, Int>, keys: Tensor<2, Int>) -> Self {
         let [batch_size, query_length] = queries.dims();
         let [_, key_length] = keys.dims();
-        let queries = queries
-            .reshape([batch_size, 1, query_length, 1])
-            .expand([batch_size, 1, query_length, key_length]);
-        let keys = keys
-            .reshape([batch_size, 1, 1, key_length])
-            .expand([batch_size, 1, query_length, key_length]);
+        let queries = queries.reshape([batch_size, 1, query_length, 1]).expand([
+            batch_size,
+            1,
+            query_length,
+            key_length,
+        ]);
+        let keys = keys.reshape([batch_size, 1, 1, key_length]).expand([
+            batch_size,
+            1,
+            query_length,
+            key_length,
+        ]);
         self.and_hidden(queries.not_equal(keys))
     }
 
@@ -102,7 +105,10 @@ impl Visibility {
             Some(hidden) => {
                 let [b1, _, q1, k1] = hidden.dims();
                 let [b2, _, q2, k2] = other.dims();
-                assert_eq!(k1, k2, "key length: the masks to combine cover {k1} and {k2} keys");
+                assert_eq!(
+                    k1, k2,
+                    "key length: the masks to combine cover {k1} and {k2} keys"
+                );
                 let shape = [b1.max(b2), 1, q1.max(q2), k1];
                 hidden.expand(shape).bool_or(other.expand(shape))
             }

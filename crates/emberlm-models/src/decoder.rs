@@ -151,9 +151,9 @@ impl DecoderConfig {
             })
             .collect();
         let positions = match self.positions {
-            PositionsConfig::Learned { max_seq_length } => Some(
-                LearnedPositionsConfig::new(max_seq_length, self.d_model).init(device),
-            ),
+            PositionsConfig::Learned { max_seq_length } => {
+                Some(LearnedPositionsConfig::new(max_seq_length, self.d_model).init(device))
+            }
             PositionsConfig::Sinusoidal | PositionsConfig::Rotary { .. } => None,
         };
         let initializer = Initializer::Normal {
@@ -361,7 +361,11 @@ impl Decoder {
     /// # Panics
     ///
     /// If the sequence is longer than the learned positions.
-    pub fn hidden_states(&self, tokens: Tensor<2, Int>, dropout_key: Option<RandomKey>) -> Tensor<3> {
+    pub fn hidden_states(
+        &self,
+        tokens: Tensor<2, Int>,
+        dropout_key: Option<RandomKey>,
+    ) -> Tensor<3> {
         let [_, seq_length] = tokens.dims();
         let visibility = Visibility::causal(seq_length, 0, &tokens.device());
         let context = Context::new(visibility).with_dropout_key(dropout_key);

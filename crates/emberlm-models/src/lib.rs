@@ -4,7 +4,6 @@ mod decoder;
 mod weights;
 
 pub use decoder::{
-    Decoder, DecoderCache, DecoderConfig, FeedForwardKind, FeedForwardLayer, Mixer,
-    PositionsConfig,
+    Decoder, DecoderCache, DecoderConfig, FeedForwardKind, FeedForwardLayer, Mixer, PositionsConfig,
 };
 pub use weights::{LoadError, load_decoder, load_weights, save_weights};

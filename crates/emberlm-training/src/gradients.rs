@@ -30,7 +30,9 @@ pub fn global_norm<M: Module>(module: &M, gradients: &GradientsParams) -> f64 {
         return 0.0;
     }
     // One read from the device for all parameters; added up in f64 in the module's order.
-    let sums = Tensor::cat(squares.sums, 0).into_data().convert_dtype(DType::F64);
+    let sums = Tensor::cat(squares.sums, 0)
+        .into_data()
+        .convert_dtype(DType::F64);
     sums.iter::<f64>().sum::<f64>().sqrt()
 }
 

@@ -43,13 +43,7 @@ pub struct LineRenderer<W> {
 impl<W: Write> LineRenderer<W> {
     /// Prints to `out` about a run of `steps` steps that begins after `first_step` and validates every
     /// `validate_every` steps; at most one training line in `every`.
-    pub fn new(
-        out: W,
-        steps: u64,
-        first_step: u64,
-        validate_every: u64,
-        every: Duration,
-    ) -> Self {
+    pub fn new(out: W, steps: u64, first_step: u64, validate_every: u64, every: Duration) -> Self {
         Self {
             out,
             steps: steps as usize,
@@ -177,7 +171,9 @@ impl<W: Write + Send> TrainingProgressLogger for LineRenderer<W> {
             return;
         }
         self.step = self.epoch * self.epoch_length + items_processed;
-        let due = self.last_line.is_none_or(|last| last.elapsed() >= self.every);
+        let due = self
+            .last_line
+            .is_none_or(|last| last.elapsed() >= self.every);
         if due || self.step == self.steps {
             self.training_line();
             self.last_line = Some(Instant::now());

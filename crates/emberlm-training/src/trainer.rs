@@ -6,6 +6,11 @@ use std::{
     time::{Duration, Instant},
 };
 
+use crate::{
+    CheckpointStore, LanguageModel, MetricsLog, Session, StepOutput, StepProgress, StepRecord,
+    TokenBatch, Trainable, TrainingConfig, TrainingError, global_norm, peak_memory_bytes,
+    register_metrics, scale_gradients,
+};
 use burn::{
     data::dataloader::{DataLoader, DataLoaderIterator, Progress},
     module::Module,
@@ -16,10 +21,6 @@ use burn::{
         TrainLoader, TrainStep, TrainingComponents, TrainingItem, TrainingStrategy, ValidLoader,
         logger::InMemoryMetricLogger, renderer::MetricsRenderer,
     },
-};
-use crate::{
-    CheckpointStore, LanguageModel, MetricsLog, Session, StepOutput, StepProgress, StepRecord,
-    TokenBatch, Trainable, TrainingConfig, TrainingError, global_norm, peak_memory_bytes, register_metrics, scale_gradients,
 };
 
 /// So many steps in a row without a finite loss and gradient end a run.
@@ -192,10 +193,9 @@ impl<N: Trainable> Trainer<N> {
             counters.skipped_in_a_row = 0;
             let clip = (self.config.max_gradient_norm / gradient_norm).min(1.0);
             let gradients = scale_gradients(&session.model, gradients, clip / n_targets);
-            session.model =
-                session
-                    .optimizer
-                    .step(learning_rate, session.model.clone(), gradients);
+            session.model = session
+                .optimizer
+                .step(learning_rate, session.model.clone(), gradients);
         }
         let output = StepOutput {
             nll_sum,

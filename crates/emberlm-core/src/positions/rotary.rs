@@ -104,9 +104,8 @@ impl RotaryConfig {
         let b = x.narrow(first, 1, 1);
         let turned_a = a.clone() * cos.clone() - b.clone() * sin.clone();
         let turned_b = b * cos + a * sin;
-        Tensor::cat(vec![turned_a, turned_b], first).reshape([
-            batch_size, n_heads, seq_length, d_head,
-        ])
+        Tensor::cat(vec![turned_a, turned_b], first)
+            .reshape([batch_size, n_heads, seq_length, d_head])
     }
 
     /// Cosines and sines, each `[seq_length, d_head / 2]`, computed in f64.

@@ -144,7 +144,10 @@ mod tests {
         let path = parent.path().join("run");
         let folder = RunFolder::create(&path).expect("free");
         fs::write(folder.file(RunFolder::CONFIG), "{}").expect("writable");
-        assert!(matches!(RunFolder::open(&path), Err(RunError::Locked { .. })));
+        assert!(matches!(
+            RunFolder::open(&path),
+            Err(RunError::Locked { .. })
+        ));
         drop(folder);
         RunFolder::open(&path).expect("the lock is gone");
     }
@@ -158,8 +161,17 @@ mod tests {
             Err(RunError::NotEmpty { .. })
         ));
         let file = parent.path().join("thesis.txt");
-        assert!(matches!(RunFolder::create(&file), Err(RunError::NotAFolder { .. })));
-        assert!(matches!(RunFolder::open(&file), Err(RunError::NotAFolder { .. })));
-        assert!(matches!(RunFolder::open(parent.path()), Err(RunError::NoRun { .. })));
+        assert!(matches!(
+            RunFolder::create(&file),
+            Err(RunError::NotAFolder { .. })
+        ));
+        assert!(matches!(
+            RunFolder::open(&file),
+            Err(RunError::NotAFolder { .. })
+        ));
+        assert!(matches!(
+            RunFolder::open(parent.path()),
+            Err(RunError::NoRun { .. })
+        ));
     }
 }
