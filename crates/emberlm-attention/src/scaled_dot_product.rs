@@ -90,7 +90,8 @@ pub fn scaled_dot_product(
             .reshape([batch_size, n_heads, query_length, key_length]);
     let scores = match options.cap {
         ScoreCap::None => scores,
-        ScoreCap::Tanh(limit) => (scores / limit).tanh() * limit,
+        // Times the reciprocal: Burn's autodiff rounds the divisor of a division by a scalar to f32.
+        ScoreCap::Tanh(limit) => (scores * limit.recip()).tanh() * limit,
     };
     let hidden = visibility
         .hidden()

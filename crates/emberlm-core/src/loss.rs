@@ -99,7 +99,8 @@ impl CrossEntropyConfig {
         // log Z = logit - log p, for whichever class.
         let log_partition = logits.gather(1, lookup) - log_likelihood.clone();
         let nll = if self.label_smoothing > 0.0 {
-            let uniform = log_probs.sum_dim(1) / vocab_size as f64;
+            // Times the reciprocal: Burn's autodiff rounds the divisor of a division by a scalar to f32.
+            let uniform = log_probs.sum_dim(1) * (vocab_size as f64).recip();
             -(log_likelihood * (1.0 - self.label_smoothing) + uniform * self.label_smoothing)
         } else {
             -log_likelihood

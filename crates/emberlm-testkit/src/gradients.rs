@@ -2,7 +2,7 @@
 
 use burn::tensor::{DType, Tensor, TensorData};
 
-// Five-point differences in f64: their error is about step^4 f''''' / 30 plus 1e-16 / step, both below 1e-11 here.
+// Five-point differences in f64: their error is about step^4 times the fifth derivative over 30, plus 1e-16 / step, both below 1e-11 here.
 const STEP: f64 = 1e-3;
 const TOLERANCE: f64 = 1e-8;
 
