@@ -90,6 +90,7 @@ impl<N: Trainable> Trainer<N> {
             self.config.learning_rate,
         );
         let n_epochs = self.config.steps.div_ceil(self.config.validate_every) as usize;
+        let epochs_done = (self.session.counters.step / self.config.validate_every) as usize;
         let strategy = Arc::new(OwningStrategy {
             trainer: Mutex::new(Some(self)),
             result: Mutex::new(None),
@@ -100,6 +101,10 @@ impl<N: Trainable> Trainer<N> {
             .with_application_logger(None)
             .with_metric_logger(InMemoryMetricLogger::default())
             .num_epochs(n_epochs);
+        if epochs_done > 0 {
+            // Only numbers the epochs on the dashboard: there is no checkpointer of burn-train's to load from.
+            run = run.checkpoint(epochs_done);
+        }
         if let Some(renderer) = watch.renderer {
             run = run.renderer(renderer);
         }
