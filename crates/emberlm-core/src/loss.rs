@@ -107,11 +107,8 @@ impl CrossEntropyConfig {
         };
         let z = log_partition.square();
 
-        let count = match ignored {
-            None => None,
-            Some(ignored) => Some(ignored.reshape([n_tokens, 1])),
-        };
-        let sum = |x: Tensor<2>| match &count {
+        let ignored = ignored.map(|ignored| ignored.reshape([n_tokens, 1]));
+        let sum = |x: Tensor<2>| match &ignored {
             Some(ignored) => x.mask_fill(ignored.clone(), 0.0).sum(),
             None => x.sum(),
         };

@@ -129,11 +129,11 @@ fn the_window_slides_past_the_learned_positions() {
     let model = sharp(&configs()[0]);
     let mut generator =
         Generator::new(&model, &[1, 2, 3], 30, greedy(), &device).expect("a prompt");
-    let n_tokens = generator
+    let tokens: Vec<u32> = generator
         .by_ref()
         .map(|token| token.expect("finite"))
-        .count();
-    assert_eq!(n_tokens, 30);
+        .collect();
+    assert_eq!(tokens.len(), 30);
     // 16 positions: 13 tokens after the prompt of 3 and one more without its own position, then 8 or 9 each.
     assert_eq!(generator.n_slides(), 2);
     // After a slide the model sees the last 8 tokens from position 0, as if they were all there is.

@@ -39,4 +39,4 @@ pub use renderer::{LineRenderer, short_duration};
 pub use run::{MetricsLog, Report, RunError, RunFolder, RunHistory, StepRecord};
 pub use schedule::WarmupCosine;
 pub use session::{Counters, Session};
-pub use trainer::{Ending, MAX_SKIPPED_IN_A_ROW, Trainer, Watch, evaluate};
+pub use trainer::{Ending, MAX_SKIPPED_IN_A_ROW, Trained, Trainer, Watch, evaluate};

@@ -74,8 +74,8 @@ struct ResumableAdamW {
 
 #[derive(Clone)]
 enum ResumableState<const D: usize> {
-    Live(AdamWState<D>),
-    Stored(Moments),
+    Live(Box<AdamWState<D>>),
+    Stored(Box<Moments>),
 }
 
 #[derive(Clone)]
@@ -96,7 +96,7 @@ impl Optimizer for ResumableAdamW {
         state: Option<Self::State<D>>,
     ) -> (Tensor<D>, Option<Self::State<D>>) {
         let state = state.map(|state| match state {
-            ResumableState::Live(state) => state,
+            ResumableState::Live(state) => *state,
             ResumableState::Stored(stored) => {
                 let load = |data: TensorData| {
                     let dtype = data.dtype();
@@ -110,13 +110,17 @@ impl Optimizer for ResumableAdamW {
             }
         });
         let (tensor, state) = self.adamw.step(lr, tensor, grad, state);
-        (tensor, state.map(ResumableState::Live))
+        (
+            tensor,
+            state.map(|state| ResumableState::Live(Box::new(state))),
+        )
     }
 
     fn to_device<const D: usize>(state: Self::State<D>, device: &Device) -> Self::State<D> {
         match state {
             ResumableState::Live(state) => {
-                ResumableState::Live(<AdamW as Optimizer>::to_device(state, device))
+                let state = <AdamW as Optimizer>::to_device(*state, device);
+                ResumableState::Live(Box::new(state))
             }
             stored @ ResumableState::Stored(_) => stored,
         }
@@ -130,11 +134,11 @@ const MOMENT_2: &str = "moment_2";
 impl<const D: usize> RecordState for ResumableState<D> {
     fn state_flatten(&self, prefix: &str, out: &mut StateSink) {
         let moments = match self {
-            Self::Stored(moments) => moments.clone(),
-            Self::Live(AdamWState { momentum, .. }) => Moments {
-                time: momentum.time,
-                moment_1: momentum.moment_1.to_data(),
-                moment_2: momentum.moment_2.to_data(),
+            Self::Stored(moments) => (**moments).clone(),
+            Self::Live(state) => Moments {
+                time: state.momentum.time,
+                moment_1: state.momentum.moment_1.to_data(),
+                moment_2: state.momentum.moment_2.to_data(),
             },
         };
         out.push_scalar(prefix, TIME, moments.time.into());
@@ -143,10 +147,10 @@ impl<const D: usize> RecordState for ResumableState<D> {
     }
 
     fn state_unflatten(prefix: &str, src: &mut StateSource, _device: &Device) -> Option<Self> {
-        Some(Self::Stored(Moments {
+        Some(Self::Stored(Box::new(Moments {
             time: src.take_scalar(prefix, TIME)?.try_into().ok()?,
             moment_1: src.take_tensor(prefix, MOMENT_1)?,
             moment_2: src.take_tensor(prefix, MOMENT_2)?,
-        }))
+        })))
     }
 }

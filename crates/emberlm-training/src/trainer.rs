@@ -57,6 +57,9 @@ pub struct Trainer<N: Trainable> {
     pub metrics: MetricsLog,
 }
 
+/// A trainer after its run, and how the run ended.
+pub type Trained<N> = (Trainer<N>, Result<Ending, TrainingError>);
+
 /// How a run is watched.
 pub struct Watch {
     /// Draws the figures; nothing means burn-train's choice, which is the dashboard on a terminal.
@@ -81,7 +84,7 @@ impl<N: Trainable> Trainer<N> {
         validation: Arc<dyn DataLoader<TokenBatch>>,
         folder: &Path,
         watch: Watch,
-    ) -> (Self, Result<Ending, TrainingError>) {
+    ) -> Trained<N> {
         // burn-train's learner has no way to hand out its optimizer's state, so the strategy owns all of it, and the
         // learner gets what its constructor asks for.
         let learner = Learner::new(
@@ -303,7 +306,7 @@ pub fn evaluate<N: Trainable>(
 /// Hands a [`Trainer`] to burn-train and back.
 struct OwningStrategy<N: Trainable> {
     trainer: Mutex<Option<Trainer<N>>>,
-    result: Mutex<Option<(Trainer<N>, Result<Ending, TrainingError>)>>,
+    result: Mutex<Option<Trained<N>>>,
 }
 
 impl<N: Trainable> SupervisedLearningStrategy<LanguageModel<N>> for OwningStrategy<N> {
