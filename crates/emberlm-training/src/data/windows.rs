@@ -1,5 +1,7 @@
 //! Windows of a stream for a language model over bytes, each a function of its number alone.
 
+use emberlm_core::RandomKey;
+
 use super::{TextError, TextStream};
 
 /// Windows at random offsets, for training.
@@ -30,7 +32,7 @@ use super::{TextError, TextStream};
 pub struct TrainingWindows {
     stream: TextStream,
     seq_length: usize,
-    seed: u64,
+    key: RandomKey,
 }
 
 impl TrainingWindows {
@@ -44,7 +46,8 @@ impl TrainingWindows {
         Ok(Self {
             stream,
             seq_length,
-            seed,
+            // A name of its own: dropout draws from the same seed.
+            key: RandomKey::new(seed).fold_str("windows"),
         })
     }
 
@@ -63,7 +66,7 @@ impl TrainingWindows {
     /// Where in the stream a window begins.
     pub fn offset(&self, step: u64, index: u64) -> usize {
         let offsets = self.stream.len() - self.seq_length;
-        below(offsets as u64, random(self.seed, step, index)) as usize
+        self.key.fold(step).below(index, offsets as u64) as usize
     }
 }
 
@@ -163,34 +166,6 @@ fn check(stream: &TextStream, seq_length: usize) -> Result<(), TextError> {
     Ok(())
 }
 
-/// 64 random bits for a position.
-///
-/// A chain of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
-/// OOPSLA 2014, <https://doi.org/10.1145/2660193.2660195>), with the constants that Java's
-/// `SplittableRandom` uses, Stafford's variant 13: each word is mixed into what those before it
-/// gave. Every link is a bijection, so the indices of one step all have different bits, and so do
-/// the steps of one seed at one index.
-fn random(seed: u64, step: u64, index: u64) -> u64 {
-    // The golden ratio's odd 64-bit fraction: without it, zeros would give zero.
-    const GAMMA: u64 = 0x9E37_79B9_7F4A_7C15;
-    [seed, step, index]
-        .into_iter()
-        .fold(0, |bits, word| mix((bits ^ word).wrapping_add(GAMMA)))
-}
-
-/// The finaliser of SplitMix64.
-fn mix(mut bits: u64) -> u64 {
-    bits = (bits ^ (bits >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    bits = (bits ^ (bits >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    bits ^ (bits >> 31)
-}
-
-/// Maps random bits to `0..n`: the high half of their product. Of two results one is likelier by
-/// at most `n / 2^64` of its probability, which no text makes visible.
-fn below(n: u64, bits: u64) -> u64 {
-    ((u128::from(bits) * u128::from(n)) >> 64) as u64
-}
-
 #[cfg(test)]
 mod tests {
     use std::collections::HashSet;
@@ -221,49 +196,18 @@ mod tests {
         TrainingWindows::new(held_out(length), seq_length, seed).unwrap()
     }
 
-    #[test]
-    fn mix_gives_the_published_sequence() {
-        // The first outputs of splitmix64.c for the seed 1234567, https://prng.di.unimi.it.
-        let mut state: u64 = 1_234_567;
-        let mut next = || {
-            state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
-            mix(state)
-        };
-        assert_eq!(next(), 6_457_827_717_110_365_317);
-        assert_eq!(next(), 3_203_168_211_198_807_973);
-        assert_eq!(next(), 9_817_491_932_198_370_423);
-    }
-
     /// A run that was saved relies on these: if they change, its windows do.
     #[test]
-    fn positions_keep_their_bits() {
-        assert_eq!(random(0, 0, 0), 0x2382_75BC_38FC_BE91);
-        assert_eq!(random(42, 1000, 31), 0x4288_C80A_8C8D_DC09);
-        assert_eq!(random(u64::MAX, u64::MAX, u64::MAX), 0x595B_17F4_87C0_E71B);
+    fn positions_keep_their_offsets() {
+        let windows = windows(100_000, 100, 42);
+        let offsets = [(1, 0), (1, 1), (2, 0), (1000, 31)].map(|(s, i)| windows.offset(s, i));
+        assert_eq!(offsets, [74_993, 99_549, 3_962, 36_765]);
     }
 
     #[test]
-    fn seed_step_and_index_all_matter_and_are_not_exchangeable() {
-        let mut seen = HashSet::new();
-        for seed in 0..16 {
-            for step in 0..16 {
-                for index in 0..16 {
-                    assert!(
-                        seen.insert(random(seed, step, index)),
-                        "{seed} {step} {index}"
-                    );
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn bits_are_scaled_to_the_range() {
-        assert_eq!(below(10, 0), 0);
-        assert_eq!(below(10, u64::MAX), 9);
-        assert_eq!(below(10, 1 << 63), 5);
-        assert_eq!(below(1, u64::MAX), 0);
-        assert_eq!(below(u64::MAX, u64::MAX), u64::MAX - 1);
+    fn the_seed_matters() {
+        let offsets = |seed| [0, 1, 2, 3].map(|index| windows(10_000, 100, seed).offset(1, index));
+        assert_ne!(offsets(1), offsets(2));
     }
 
     #[test]
