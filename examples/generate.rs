@@ -9,13 +9,10 @@ use std::{
     time::Instant,
 };
 
-use burn::{
-    module::Module,
-    tensor::Device,
-};
+use burn::{module::Module, tensor::Device};
 use clap::Parser;
 use emberlm::{
-    core::{CachedModel, Generator, SamplingConfig, StopStrings, Utf8Stream},
+    core::{CachedModel, GenerationError, Generator, SamplingConfig, StopStrings, Utf8Stream},
     models::{Decoder, load_decoder},
     training::{CheckpointReader, LanguageModel, RunFolder, Session},
 };
@@ -79,6 +76,9 @@ fn generate(args: &Args) -> Result<(), AnyError> {
     sampling.seed = args.seed;
     sampling.validate()?;
     let mut stops = StopStrings::new(args.stop.clone())?;
+    if args.prompt.is_empty() {
+        return Err(GenerationError::EmptyPrompt.into());
+    }
     let (device_name, device) = choose_device(args.device.as_deref())?;
     let model = load(&args.run, &device)?;
     eprintln!("device: {device_name}");
@@ -95,7 +95,9 @@ fn generate(args: &Args) -> Result<(), AnyError> {
         if generator.n_slides() > 0 && !told {
             told = true;
             let longest = model.max_seq_length().unwrap_or(usize::MAX);
-            eprintln!("\nthe text is longer than the {longest} positions of the model: from here on it sees the last half of them again");
+            eprintln!(
+                "\nthe text is longer than the {longest} positions of the model: from here on it sees the last half of them again"
+            );
         }
         show(&stops.push(&characters.push(&[token? as u8])))?;
         if stops.is_stopped() {
@@ -107,8 +109,11 @@ fn generate(args: &Args) -> Result<(), AnyError> {
         show(&stops.finish())?;
     }
     let seconds = begin.elapsed().as_secs_f64();
-    println!();
-    eprintln!("{n_tokens} tokens in {seconds:.2} s, {:.0} tokens/s", n_tokens as f64 / seconds);
+    show("\n")?;
+    eprintln!(
+        "{n_tokens} tokens in {seconds:.2} s, {:.0} tokens/s",
+        n_tokens as f64 / seconds
+    );
     Ok(())
 }
 
@@ -137,7 +142,13 @@ fn load(run: &Path, device: &Device) -> Result<Decoder, AnyError> {
         )
         .into());
     };
-    eprintln!("the run was not finished: taking its checkpoint of step {}", loaded.checkpoint.step);
+    for damaged in &loaded.damaged {
+        eprintln!("warning: {damaged}");
+    }
+    eprintln!(
+        "the run was not finished: taking its checkpoint of step {}",
+        loaded.checkpoint.step
+    );
     let config = RunConfig::read(&run.join(RunFolder::CONFIG))?;
     let model = LanguageModel::new(config.model.init(device), 0.0, 0.0);
     let session = Session::new(model, &config.training);

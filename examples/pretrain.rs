@@ -4,6 +4,7 @@
 
 use std::{
     any::Any,
+    fs,
     io::{IsTerminal, Write, stdout},
     panic,
     path::{Path, PathBuf},
@@ -20,12 +21,12 @@ use emberlm::{
     training::{
         CheckpointStore, Corpus, Ending, EvaluationLoader, EvaluationWindows, LanguageModel,
         LineRenderer, MAX_SKIPPED_IN_A_ROW, MetricsLog, Report, RunFolder, RunHistory, Session,
-        Trainer, TrainingError, TrainingLoader, TrainingWindows, Watch, evaluate,
+        Trained, Trainer, TrainingError, TrainingLoader, TrainingWindows, Watch, evaluate,
         peak_memory_bytes, short_duration,
     },
 };
 use emberlm_examples::{
-    Overrides, Preset, RunConfig, Stop, choose_device, exit_with, keep_ctrl_c, plot,
+    Overrides, Preset, RunConfig, Stop, choose_device, complain, exit_with, keep_ctrl_c, plot, say,
 };
 
 /// Pretrain a language model on text
@@ -100,7 +101,7 @@ const SAMPLE_TOKENS: usize = 400;
 
 fn pretrain(args: &Args) -> Result<ExitCode, AnyError> {
     let (device_name, device) = choose_device(args.device.as_deref())?;
-    println!("device: {device_name}");
+    say(format_args!("device: {device_name}"));
     let plan = plan(args)?;
     if let Some(path) = &args.report {
         check_writable(path)?;
@@ -111,48 +112,66 @@ fn pretrain(args: &Args) -> Result<ExitCode, AnyError> {
         (None, Some(path)) => RunFolder::create(path)?,
         (None, None) => RunFolder::create_numbered(Path::new("runs"))?,
     };
+    if args.resume.is_none() {
+        // At once: a run that is killed while its model is made can be resumed too.
+        plan.config.write(&folder.file(RunFolder::CONFIG))?;
+    }
     let (trainer, extended) = prepare(&plan, &folder, &device)?;
     announce(&plan, &folder, &trainer);
     if extended {
-        println!(
+        say(format_args!(
             "the learning-rate schedule changed: it now ends at step {} instead of {}",
             plan.config.training.steps,
-            RunConfig::read(&folder.file(RunFolder::CONFIG))?.training.steps
-        );
+            RunConfig::read(&folder.file(RunFolder::CONFIG))?
+                .training
+                .steps
+        ));
     }
     plan.config.write(&folder.file(RunFolder::CONFIG))?;
+    // From here on the checkpoints are newer than the weights of an earlier end.
+    let weights = folder.file(RunFolder::WEIGHTS);
+    if trainer.session.counters.step < plan.config.training.steps && weights.exists() {
+        fs::remove_file(&weights)?;
+    }
 
     let (trainer, ending) = match train(trainer, &plan, &folder, &device, &stop, args.no_tui) {
         Ok(trained) => trained,
         Err(Killed) => {
-            eprintln!("killed: continue from the last checkpoint with --resume {}", folder.path().display());
+            complain(format_args!(
+                "killed: continue from the last checkpoint with --resume {}",
+                folder.path().display()
+            ));
             return Ok(ExitCode::from(137));
         }
     };
     let ending = ending?;
     let step = trainer.session.counters.step;
-    save_weights(&trainer.session.model.model, &folder.file(RunFolder::WEIGHTS))?;
+    save_weights(&trainer.session.model.model, &weights)?;
     let how_to_resume = format!("continue with --resume {}", folder.path().display());
     match ending {
         Ending::Finished => {}
         Ending::Interrupted => {
-            println!("stopped after step {step} and saved: {how_to_resume}");
+            say(format_args!(
+                "stopped after step {step} and saved: {how_to_resume}"
+            ));
             return Ok(ExitCode::SUCCESS);
         }
         Ending::Diverged => {
-            eprintln!(
+            complain(format_args!(
                 "error: {MAX_SKIPPED_IN_A_ROW} steps in a row had a loss or gradient that is not finite; saved after step {step}: lower the learning rate in a new run, or {how_to_resume}"
-            );
+            ));
             return Ok(ExitCode::from(1));
         }
     }
     let Some(valid_loss) = evaluate_all(&trainer, &plan, &device, &stop)? else {
-        println!("stopped before the whole held-out text was read; all {step} steps are saved: {how_to_resume}");
+        say(format_args!(
+            "stopped before the whole held-out text was read; all {step} steps are saved: {how_to_resume}"
+        ));
         return Ok(ExitCode::SUCCESS);
     };
     report(args, &trainer, &folder, valid_loss)?;
     sample(&trainer.session.model, &plan.prompt, &device)?;
-    println!("\nrun: {}", folder.path().display());
+    say(format_args!("\nrun: {}", folder.path().display()));
     Ok(ExitCode::SUCCESS)
 }
 
@@ -185,7 +204,7 @@ fn plan(args: &Args) -> Result<Plan, AnyError> {
     }
     let corpus = Corpus::open(&sources)?;
     let (n_documents, n_skipped) = (corpus.documents().len(), corpus.skipped());
-    println!(
+    say(format_args!(
         "text: {n_documents} document{}, {} training and {} held-out bytes{}",
         plural(n_documents),
         corpus.training().len(),
@@ -194,7 +213,7 @@ fn plan(args: &Args) -> Result<Plan, AnyError> {
             0 => String::new(),
             n => format!(", {n} other file{} skipped", plural(n)),
         }
-    );
+    ));
     let documents = corpus.fingerprints();
     let config = match earlier {
         Some(earlier) => {
@@ -247,10 +266,7 @@ fn default_text() -> PathBuf {
 }
 
 /// The first document whose content is not what the run began with.
-fn changed_document(
-    earlier: &RunConfig,
-    now: &[emberlm::training::Fingerprint],
-) -> Option<String> {
+fn changed_document(earlier: &RunConfig, now: &[emberlm::training::Fingerprint]) -> Option<String> {
     let content = |documents: &[emberlm::training::Fingerprint]| -> Vec<(u64, u32)> {
         documents.iter().map(|d| (d.bytes, d.crc32)).collect()
     };
@@ -277,7 +293,11 @@ fn plural(n: usize) -> &'static str {
 fn check_writable(path: &Path) -> Result<(), AnyError> {
     let folder = path.parent().filter(|folder| *folder != Path::new(""));
     if path.is_dir() || folder.is_some_and(|folder| !folder.is_dir()) {
-        return Err(format!("--report {}: give a file in a folder that exists", path.display()).into());
+        return Err(format!(
+            "--report {}: give a file in a folder that exists",
+            path.display()
+        )
+        .into());
     }
     Ok(())
 }
@@ -294,11 +314,13 @@ fn prepare(
     let mut session = Session::new(model, training);
     let checkpoints = CheckpointStore::open(&folder.file(RunFolder::CHECKPOINTS))?;
     let earlier = folder.file(RunFolder::CONFIG);
-    let extended =
-        earlier.is_file() && RunConfig::read(&earlier)?.training.steps != training.steps;
+    let extended = earlier.is_file() && RunConfig::read(&earlier)?.training.steps != training.steps;
     if let Some(loaded) = checkpoints.reader().load_newest()? {
         for damaged in &loaded.damaged {
-            eprintln!("warning: {damaged}; going on from step {}", loaded.checkpoint.step);
+            complain(format_args!(
+                "warning: {damaged}; going on from step {}",
+                loaded.checkpoint.step
+            ));
         }
         session = session.restore(&loaded.checkpoint, checkpoints.reader().dir())?;
     }
@@ -325,23 +347,24 @@ fn prepare(
 
 fn announce(plan: &Plan, folder: &RunFolder, trainer: &Trainer<Decoder>) {
     let training = &plan.config.training;
-    println!(
+    say(format_args!(
         "model: {} parameters; {} steps of {} x {} tokens; run: {}",
         trainer.session.model.num_params(),
         training.steps,
         training.batch_size,
         training.seq_length,
         folder.path().display()
-    );
+    ));
     if trainer.session.counters.step > 0 {
-        println!("resuming after step {}", trainer.session.counters.step);
+        say(format_args!(
+            "resuming after step {}",
+            trainer.session.counters.step
+        ));
     }
 }
 
 /// The dashboard's user killed the run.
 struct Killed;
-
-type Trained = (Trainer<Decoder>, Result<Ending, TrainingError>);
 
 fn train(
     trainer: Trainer<Decoder>,
@@ -350,7 +373,7 @@ fn train(
     device: &Device,
     stop: &Stop,
     no_tui: bool,
-) -> Result<Trained, Killed> {
+) -> Result<Trained<Decoder>, Killed> {
     let config = &plan.config.training;
     let step = trainer.session.counters.step;
     let training = TrainingLoader::new(plan.training.clone(), config, step + 1, device);
@@ -371,7 +394,12 @@ fn train(
     let guard = dashboard.then(keep_ctrl_c);
     // The dashboard's kill is a panic of burn-train's; any other panic goes on.
     let trained = panic::catch_unwind(panic::AssertUnwindSafe(|| {
-        trainer.train(Arc::new(training), Arc::new(validation), folder.path(), watch)
+        trainer.train(
+            Arc::new(training),
+            Arc::new(validation),
+            folder.path(),
+            watch,
+        )
     }));
     drop(guard);
     trained.map_err(|payload| match message(&*payload) {
@@ -406,7 +434,10 @@ fn evaluate_all(
             last_line = Instant::now();
             let left = begin.elapsed() / done as u32 * (all.len() - done) as u32;
             let total = all.len();
-            println!("reading the held-out text: {done}/{total} windows  ETA {}", short_duration(left));
+            say(format_args!(
+                "reading the held-out text: {done}/{total} windows  ETA {}",
+                short_duration(left)
+            ));
         }
         if stop.requested() {
             return Err(TrainingError::Stopped);
@@ -430,7 +461,11 @@ fn report(
 ) -> Result<(), AnyError> {
     let counters = &trainer.session.counters;
     let history = RunHistory::load(folder.path())?;
-    let losses: Vec<f64> = history.train_losses().iter().map(|(_, loss)| *loss).collect();
+    let losses: Vec<f64> = history
+        .train_losses()
+        .iter()
+        .map(|(_, loss)| *loss)
+        .collect();
     let last = &losses[losses.len().saturating_sub(TRAIN_LOSS_STEPS)..];
     let train_loss = last.iter().sum::<f64>() / last.len() as f64;
     let report = Report {
@@ -453,7 +488,7 @@ fn report(
         &folder.file("curves.svg"),
         &folder.file("curves.png"),
     )?;
-    println!(
+    say(format_args!(
         "trained {} steps in {}{}: train loss {train_loss:.4}, validation loss {valid_loss:.4} over the whole held-out text ({:.4} bits per byte)",
         counters.step,
         short_duration(Duration::from_secs_f64(counters.seconds)),
@@ -462,31 +497,34 @@ fn report(
             None => String::new(),
         },
         valid_loss / std::f64::consts::LN_2
-    );
+    ));
     if counters.skipped > 0 {
-        println!("{} steps were skipped: their loss or gradient was not finite", counters.skipped);
+        say(format_args!(
+            "{} steps were skipped: their loss or gradient was not finite",
+            counters.skipped
+        ));
     }
     Ok(())
 }
 
-fn sample(
-    model: &LanguageModel<Decoder>,
-    prompt: &[u8],
-    device: &Device,
-) -> Result<(), AnyError> {
+fn sample(model: &LanguageModel<Decoder>, prompt: &[u8], device: &Device) -> Result<(), AnyError> {
     let tokens: Vec<u32> = prompt.iter().map(|byte| u32::from(*byte)).collect();
     let sampling = SamplingConfig::default()
         .with_temperature(0.8)
         .with_top_p(Some(0.95));
     let model = model.model.valid();
-    println!("\n--- the model continues the held-out text ---");
-    print!("{}", String::from_utf8_lossy(prompt));
+    // As with `say`, nobody need be listening.
+    let show = |text: &str| {
+        let _ = stdout()
+            .write_all(text.as_bytes())
+            .and_then(|()| stdout().flush());
+    };
+    say("\n--- the model continues the held-out text ---");
+    show(&String::from_utf8_lossy(prompt));
     let mut characters = Utf8Stream::new();
     for token in Generator::new(&model, &tokens, SAMPLE_TOKENS, sampling, device)? {
-        print!("{}", characters.push(&[token? as u8]));
-        stdout().flush()?;
+        show(&characters.push(&[token? as u8]));
     }
-    println!("{}", characters.finish());
+    say(characters.finish());
     Ok(())
 }
-

@@ -25,7 +25,9 @@ pub enum DeviceError {
         example: String,
     },
     /// The backend is there, the device is not.
-    #[error("device {asked} does not exist: this machine has {found} {backend} device(s), numbered from 0")]
+    #[error(
+        "device {asked} does not exist: this machine has {found} {backend} device(s), numbered from 0"
+    )]
     Missing {
         /// What was asked for.
         asked: String,
@@ -48,17 +50,35 @@ struct Backend {
 fn compiled_backends() -> Vec<Backend> {
     vec![
         #[cfg(feature = "cuda")]
-        Backend { name: "cuda", devices: || Device::enumerate(DeviceType::Cuda).into_vec() },
+        Backend {
+            name: "cuda",
+            devices: || Device::enumerate(DeviceType::Cuda).into_vec(),
+        },
         #[cfg(feature = "rocm")]
-        Backend { name: "rocm", devices: || Device::enumerate(DeviceType::Rocm).into_vec() },
+        Backend {
+            name: "rocm",
+            devices: || Device::enumerate(DeviceType::Rocm).into_vec(),
+        },
         #[cfg(feature = "metal")]
-        Backend { name: "metal", devices: || Device::enumerate(DeviceType::Metal).into_vec() },
+        Backend {
+            name: "metal",
+            devices: || Device::enumerate(DeviceType::Metal).into_vec(),
+        },
         #[cfg(feature = "vulkan")]
-        Backend { name: "vulkan", devices: || Device::enumerate(DeviceType::Vulkan).into_vec() },
+        Backend {
+            name: "vulkan",
+            devices: || Device::enumerate(DeviceType::Vulkan).into_vec(),
+        },
         #[cfg(feature = "webgpu")]
-        Backend { name: "webgpu", devices: || Device::enumerate(DeviceType::WebGpu).into_vec() },
+        Backend {
+            name: "webgpu",
+            devices: || Device::enumerate(DeviceType::WebGpu).into_vec(),
+        },
         #[cfg(feature = "wgpu")]
-        Backend { name: "wgpu", devices: || Device::enumerate(DeviceType::Wgpu).into_vec() },
+        Backend {
+            name: "wgpu",
+            devices: || Device::enumerate(DeviceType::Wgpu).into_vec(),
+        },
         #[cfg(feature = "ndarray")]
         Backend {
             name: "ndarray",
@@ -136,9 +156,15 @@ mod tests {
         let (name, _) = choose_device(Some("flex")).expect("flex is compiled in");
         assert_eq!(name, "flex");
         let error = choose_device(Some("tpu")).expect_err("no such backend");
-        assert!(error.to_string().contains("tpu is not compiled in: use"), "{error}");
+        assert!(
+            error.to_string().contains("tpu is not compiled in: use"),
+            "{error}"
+        );
         let error = choose_device(Some("flex:7")).expect_err("there is one CPU device");
-        assert!(error.to_string().contains("flex:7 does not exist"), "{error}");
+        assert!(
+            error.to_string().contains("flex:7 does not exist"),
+            "{error}"
+        );
         let error = choose_device(Some("flex:x")).expect_err("no number");
         assert!(error.to_string().contains("flex:0"), "{error}");
     }

@@ -1,14 +1,16 @@
-//! What the programs share: devices, presets, signals, plots.
+//! What the programs share: devices, presets, signals, output, plots.
 
 mod device;
 mod exit;
 pub mod plot;
 mod preset;
 mod run_config;
+mod say;
 mod stop;
 
 pub use device::{DeviceError, choose_device};
 pub use exit::exit_with;
 pub use preset::Preset;
 pub use run_config::{ConfigError, Overrides, RunConfig};
+pub use say::{complain, say};
 pub use stop::{Stop, keep_ctrl_c};

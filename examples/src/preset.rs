@@ -15,8 +15,8 @@ pub enum Preset {
     Small,
 }
 
-/// The byte values.
-const VOCAB_SIZE: usize = 256;
+/// The number of tokens of a model of bytes.
+pub(crate) const N_BYTE_VALUES: usize = 256;
 const BATCH_SIZE: usize = 8;
 const SEQ_LENGTH: usize = 256;
 const STEPS: u64 = 1500;
@@ -32,7 +32,7 @@ impl Preset {
             max_seq_length: SEQ_LENGTH,
         };
         (
-            DecoderConfig::new(VOCAB_SIZE, n_layers, d_model, n_heads).with_positions(positions),
+            DecoderConfig::new(N_BYTE_VALUES, n_layers, d_model, n_heads).with_positions(positions),
             TrainingConfig::new(STEPS, BATCH_SIZE, SEQ_LENGTH).with_learning_rate(learning_rate),
         )
     }

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::{Map, Value};
 use thiserror::Error;
 
-use crate::Preset;
+use crate::{Preset, preset::N_BYTE_VALUES};
 
 /// Everything a run needs to be repeated or continued; `config.json` in its folder.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -92,6 +92,14 @@ pub enum ConfigError {
         section: &'static str,
         /// What does not fit.
         source: InvalidConfig,
+    },
+    /// The tokens are bytes, but the model has another number of tokens.
+    #[error(
+        "model.vocab_size is {vocab_size}, but the tokens are bytes: it must be {N_BYTE_VALUES}, or left out"
+    )]
+    Vocabulary {
+        /// Number of tokens.
+        vocab_size: usize,
     },
     /// The sequences are longer than the model.
     #[error(
@@ -193,9 +201,11 @@ impl RunConfig {
     ///
     /// # Errors
     ///
-    /// A file that cannot be read or is no configuration.
+    /// A file that cannot be read, or is no valid configuration.
     pub fn read(path: &Path) -> Result<Self, ConfigError> {
-        parse(path, &read(path)?)
+        let config: Self = parse(path, &read(path)?)?;
+        validate(&config.model, &config.training)?;
+        Ok(config)
     }
 
     /// Writes it, whole or not at all.
@@ -300,6 +310,11 @@ fn validate(model: &DecoderConfig, training: &TrainingConfig) -> Result<(), Conf
     let invalid = |section| move |source| ConfigError::Invalid { section, source };
     model.validate().map_err(invalid("model"))?;
     training.validate().map_err(invalid("training"))?;
+    if model.vocab_size != N_BYTE_VALUES {
+        return Err(ConfigError::Vocabulary {
+            vocab_size: model.vocab_size,
+        });
+    }
     match model.max_seq_length() {
         Some(max_seq_length) if training.seq_length > max_seq_length => {
             Err(ConfigError::Positions {
