@@ -29,8 +29,8 @@ struct Args {
     #[arg(long)]
     prompt: String,
     /// Tokens to write at most
-    #[arg(long, default_value_t = 400)]
-    max_tokens: usize,
+    #[arg(long, default_value_t = 400, value_parser = clap::value_parser!(u32).range(..=1_000_000))]
+    max_tokens: u32,
     /// Always take the likeliest token; the same as --temperature 0
     #[arg(long)]
     greedy: bool,
@@ -84,7 +84,8 @@ fn generate(args: &Args) -> Result<(), AnyError> {
     eprintln!("device: {device_name}");
 
     let prompt: Vec<u32> = args.prompt.bytes().map(u32::from).collect();
-    let mut generator = Generator::new(&model, &prompt, args.max_tokens, sampling, &device)?;
+    let mut generator =
+        Generator::new(&model, &prompt, args.max_tokens as usize, sampling, &device)?;
     let mut characters = Utf8Stream::new();
     let begin = Instant::now();
     let mut n_tokens = 0;
@@ -134,6 +135,7 @@ fn load(run: &Path, device: &Device) -> Result<Decoder, AnyError> {
     if run.join(RunFolder::WEIGHTS).is_file() {
         return Ok(load_decoder(run, device)?.1);
     }
+    let config = RunConfig::read(&run.join(RunFolder::CONFIG))?;
     let reader = CheckpointReader::open(&run.join(RunFolder::CHECKPOINTS))?;
     let Some(loaded) = reader.load_newest()? else {
         return Err(format!(
@@ -149,7 +151,6 @@ fn load(run: &Path, device: &Device) -> Result<Decoder, AnyError> {
         "the run was not finished: taking its checkpoint of step {}",
         loaded.checkpoint.step
     );
-    let config = RunConfig::read(&run.join(RunFolder::CONFIG))?;
     let model = LanguageModel::new(config.model.init(device), 0.0, 0.0);
     let session = Session::new(model, &config.training);
     let session = session.restore(&loaded.checkpoint, reader.dir())?;

@@ -128,10 +128,14 @@ fn pretrain(args: &Args) -> Result<ExitCode, AnyError> {
         ));
     }
     plan.config.write(&folder.file(RunFolder::CONFIG))?;
-    // From here on the checkpoints are newer than the weights of an earlier end.
     let weights = folder.file(RunFolder::WEIGHTS);
-    if trainer.session.counters.step < plan.config.training.steps && weights.exists() {
-        fs::remove_file(&weights)?;
+    if trainer.session.counters.step < plan.config.training.steps {
+        // From here on the checkpoints are newer than the weights and the figures of an earlier end.
+        for stale in [&weights, &folder.file(Report::FILE_NAME)] {
+            if stale.exists() {
+                fs::remove_file(stale)?;
+            }
+        }
     }
 
     let (trainer, ending) = match train(trainer, &plan, &folder, &device, &stop, args.no_tui) {

@@ -153,11 +153,18 @@ impl Overrides {
     ///
     /// Options that contradict the run.
     pub fn resume(&self, run: &RunConfig) -> Result<RunConfig, ConfigError> {
-        let (mut model, mut training) = if self.preset.is_some() || self.file.is_some() {
-            self.resolve()?
-        } else {
-            (run.model.clone(), run.training.clone())
+        let (mut model, mut training) = match self.preset {
+            Some(preset) => {
+                let (model, mut training) = preset.resolve();
+                // A preset's number of steps is a proposal, not a demand.
+                training.steps = run.training.steps;
+                (model, training)
+            }
+            None => (run.model.clone(), run.training.clone()),
         };
+        if let Some(path) = &self.file {
+            (model, training) = overlay(path, &model, &training)?;
+        }
         self.apply(&mut model, &mut training);
         let mut resumed = run.clone();
         if let Some(steps) = self.steps {
@@ -166,8 +173,6 @@ impl Overrides {
         if let Some(every) = self.checkpoint_every {
             resumed.training.checkpoint_every = every;
         }
-        training.steps = resumed.training.steps;
-        training.checkpoint_every = resumed.training.checkpoint_every;
         for (section, of_run, asked) in [
             ("model", json(&resumed.model), json(&model)),
             ("training", json(&resumed.training), json(&training)),

@@ -389,13 +389,7 @@ fn a_run_with_a_damaged_configuration() {
     }
     // Without weights the model comes from a checkpoint.
     fs::remove_file(place.path("run").join(RunFolder::WEIGHTS)).expect("it has weights");
-    let ended = place.run("generate", &generate);
-    assert_eq!(ended.code(), Some(2), "{ended:?}");
-    let last = ended.stderr.lines().last().expect("an error");
-    assert!(
-        last.starts_with("error: ") && last.contains("n_heads must divide d_model"),
-        "{ended:?}"
-    );
+    place.refuses("generate", &generate, &["n_heads must divide d_model"]);
 }
 
 #[test]

@@ -38,9 +38,10 @@ impl ResidualBlockConfig {
     ///
     /// # Errors
     ///
-    /// A width of zero, or a dropout rate outside `[0, 1)`.
+    /// A width of zero, an epsilon that is not positive, or a dropout rate outside `[0, 1)`.
     pub fn validate(&self) -> Result<(), InvalidConfig> {
         InvalidConfig::require_positive(&[("d_model", self.d_model)])?;
+        self.norm.validate()?;
         InvalidConfig::require_rate("dropout", self.dropout)
     }
 

@@ -40,8 +40,8 @@ pub enum InvalidConfig {
         /// Number of key/value heads.
         n_kv_heads: usize,
     },
-    /// Rotary embeddings turn pairs of components.
-    #[error("rotary embeddings need an even {field}, got {value}")]
+    /// Rotary and sinusoidal positions work on pairs of components.
+    #[error("{field} must be even for rotary and sinusoidal positions, got {value}")]
     OddWidth {
         /// The field's name.
         field: &'static str,
@@ -49,7 +49,7 @@ pub enum InvalidConfig {
         value: usize,
     },
     /// A model larger than memory can address.
-    #[error("{field} is too large: {value} gives tensors of more elements than memory can hold")]
+    #[error("{field} is too large: {value} is more than any memory can hold")]
     TooLarge {
         /// The field's name.
         field: &'static str,

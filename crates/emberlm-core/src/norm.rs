@@ -7,6 +7,8 @@ use burn::{
     tensor::{DType, Device, Tensor},
 };
 
+use crate::InvalidConfig;
+
 /// Which normalisation.
 #[derive(Config, Debug, PartialEq)]
 pub enum NormConfig {
@@ -25,6 +27,24 @@ pub enum NormConfig {
 }
 
 impl NormConfig {
+    /// Checks the fields.
+    ///
+    /// # Errors
+    ///
+    /// An epsilon that is not positive.
+    pub fn validate(&self) -> Result<(), InvalidConfig> {
+        let (Self::Layer { epsilon, .. } | Self::Rms { epsilon }) = *self;
+        if epsilon > 0.0 && epsilon.is_finite() {
+            Ok(())
+        } else {
+            Err(InvalidConfig::Range {
+                field: "norm.epsilon",
+                range: "a number above 0",
+                value: epsilon,
+            })
+        }
+    }
+
     /// Makes the module for vectors of `d_model` components.
     pub fn init(&self, d_model: usize, device: &Device) -> Norm {
         match *self {

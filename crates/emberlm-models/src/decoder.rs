@@ -90,8 +90,8 @@ pub struct DecoderConfig {
     pub seed: u64,
 }
 
-// More elements than this in one tensor are a typing mistake: 2^40 f32 are 4 TiB.
-const MAX_ELEMENTS: u128 = 1 << 40;
+// More parameters than this are a typing mistake: 2^36 in f32 are 256 GiB, and training holds them four times.
+const MAX_PARAMETERS: u128 = 1 << 36;
 
 impl DecoderConfig {
     /// Inner width of the feed-forward layers: as given, or `4 d_model`.
@@ -114,17 +114,7 @@ impl DecoderConfig {
         ])?;
         let longest = self.max_seq_length().unwrap_or(1);
         InvalidConfig::require_positive(&[("positions.max_seq_length", longest)])?;
-        for (field, value) in [
-            ("vocab_size", self.vocab_size),
-            ("d_model", self.d_model),
-            ("d_ff", self.feed_forward_width()),
-            ("n_layers", self.n_layers),
-            ("positions.max_seq_length", longest),
-        ] {
-            if value as u128 * self.d_model as u128 > MAX_ELEMENTS {
-                return Err(InvalidConfig::TooLarge { field, value });
-            }
-        }
+        self.check_size()?;
         if matches!(self.positions, PositionsConfig::Sinusoidal) && !self.d_model.is_multiple_of(2)
         {
             return Err(InvalidConfig::OddWidth {
@@ -177,6 +167,31 @@ impl DecoderConfig {
             dropout: self.dropout,
         };
         Gpt2Init::new(self.n_layers, self.seed).apply(decoder)
+    }
+
+    /// Names the largest factor of a model that no memory can hold.
+    fn check_size(&self) -> Result<(), InvalidConfig> {
+        let d_model = self.d_model as u128;
+        let longest = self.max_seq_length().unwrap_or(0);
+        let d_ff = self.feed_forward_width();
+        let tables = d_model.saturating_mul(self.vocab_size as u128 + longest as u128);
+        let block = d_model.saturating_mul(4 * d_model + 2 * d_ff as u128);
+        if tables.saturating_add(block.saturating_mul(self.n_layers as u128)) <= MAX_PARAMETERS {
+            return Ok(());
+        }
+        // The inner width is only blamed where it was chosen: by default it follows d_model.
+        let factors = [
+            ("vocab_size", self.vocab_size),
+            ("positions.max_seq_length", longest),
+            ("d_model", self.d_model),
+            ("d_ff", self.d_ff.unwrap_or(0)),
+            ("n_layers", self.n_layers),
+        ];
+        let (field, value) = factors
+            .into_iter()
+            .max_by_key(|(_, value)| *value)
+            .expect("there are five");
+        Err(InvalidConfig::TooLarge { field, value })
     }
 
     /// Longest sequence that has positions; nothing where positions know no limit.

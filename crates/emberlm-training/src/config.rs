@@ -61,6 +61,10 @@ pub struct TrainingConfig {
     pub validation_windows: usize,
 }
 
+// Bounds that only typing mistakes reach: more steps than any run has, more tokens a step than any memory holds.
+const MAX_STEPS: u64 = 1 << 32;
+const MAX_TOKENS_PER_STEP: usize = 1 << 30;
+
 impl TrainingConfig {
     /// Checks the fields against each other.
     ///
@@ -77,6 +81,18 @@ impl TrainingConfig {
             ("validate_every", self.validate_every.min(1) as usize),
             ("validation_windows", self.validation_windows),
         ])?;
+        if self.steps > MAX_STEPS {
+            return Err(InvalidConfig::TooLarge {
+                field: "steps",
+                value: usize::try_from(self.steps).unwrap_or(usize::MAX),
+            });
+        }
+        if self.batch_size.saturating_mul(self.seq_length) > MAX_TOKENS_PER_STEP {
+            return Err(InvalidConfig::TooLarge {
+                field: "batch_size",
+                value: self.batch_size,
+            });
+        }
         if !self.batch_size.is_multiple_of(self.accumulation) {
             return Err(InvalidConfig::Range {
                 field: "accumulation",

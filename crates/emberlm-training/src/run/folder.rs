@@ -47,7 +47,7 @@ impl RunFolder {
         }
     }
 
-    /// Makes the given folder, which may exist if it is empty.
+    /// Makes the given folder, which may exist if it is empty (a lock that a killed run left does not count).
     ///
     /// # Errors
     ///
@@ -65,12 +65,16 @@ impl RunFolder {
     /// [`RunError::NotEmpty`] or [`RunError::NotAFolder`].
     pub fn check_free(path: &Path) -> Result<(), RunError> {
         match fs::read_dir(path) {
-            Ok(mut entries) => match entries.next() {
-                None => Ok(()),
-                Some(_) => Err(RunError::NotEmpty {
-                    path: path.to_owned(),
-                }),
-            },
+            // A run that was killed before it wrote anything leaves its lock.
+            Ok(mut entries) => {
+                match entries.all(|entry| entry.is_ok_and(|entry| entry.file_name() == Self::LOCK))
+                {
+                    true => Ok(()),
+                    false => Err(RunError::NotEmpty {
+                        path: path.to_owned(),
+                    }),
+                }
+            }
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             Err(error) if error.kind() == io::ErrorKind::NotADirectory => {
                 Err(RunError::NotAFolder {
