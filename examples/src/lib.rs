@@ -1,5 +1,6 @@
 //! What the programs share: devices, presets, signals, output, plots.
 
+mod comparison;
 mod device;
 mod exit;
 pub mod plot;
@@ -8,6 +9,7 @@ mod run_config;
 mod say;
 mod stop;
 
+pub use comparison::{CompareArguments, CompareError, compare};
 pub use device::{DeviceError, choose_device};
 pub use exit::exit_with;
 pub use preset::Preset;
