@@ -372,7 +372,7 @@ b                -      2   5.0000       5.0000       4.5000          -     1,23
             (vec![good], missing.join("plot")),
         ] {
             let mut output = Vec::new();
-            let error = compare(&CompareCompareArguments { runs, out }, &mut output).unwrap_err();
+            let error = compare(&CompareArguments { runs, out }, &mut output).unwrap_err();
             let message = error.to_string();
             assert!(
                 message.contains("missing") && !message.contains('\n'),
