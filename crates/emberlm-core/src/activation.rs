@@ -1,5 +1,7 @@
 //! Activation functions by their published names.
 
+use std::f64::consts::FRAC_1_SQRT_2;
+
 use burn::{
     config::Config,
     tensor::{Tensor, activation},
@@ -23,9 +25,23 @@ impl Activation {
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         match self {
             Self::Relu => activation::relu(x),
-            Self::Gelu => activation::gelu(x),
+            Self::Gelu => gelu(x),
             Self::GeluTanh => activation::gelu_approximate(x),
             Self::Silu => activation::silu(x),
         }
+    }
+}
+
+/// Exact GELU with its exact gradient.
+///
+/// Burn's operator is exact forward on every backend, but only flex overrides its backward: everywhere else the
+/// gradient is that of the tanh approximation (burn-backend 0.22.1, `ActivationOps::gelu_backward`), off by 1e-4. So
+/// where a gradient is wanted the formula is written out, `x (1 + erf(x / sqrt(2))) / 2`.
+fn gelu<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    if x.is_autodiff() {
+        let doubled = (x.clone() * FRAC_1_SQRT_2).erf() + 1.0;
+        x * doubled * 0.5
+    } else {
+        activation::gelu(x)
     }
 }
