@@ -4,7 +4,7 @@ use std::f64::consts::FRAC_1_SQRT_2;
 
 use burn::{
     config::Config,
-    tensor::{Tensor, activation},
+    tensor::{DType, Tensor, activation},
 };
 
 /// An element-wise activation function.
@@ -27,6 +27,8 @@ impl Activation {
             Self::Relu => activation::relu(x),
             Self::Gelu => gelu(x),
             Self::GeluTanh => activation::gelu_approximate(x),
+            // Burn's sigmoid may go through f32 whatever it is given; a model in f64 keeps its precision.
+            Self::Silu if x.dtype() == DType::F64 => x.clone() / ((-x).exp() + 1.0),
             Self::Silu => activation::silu(x),
         }
     }
