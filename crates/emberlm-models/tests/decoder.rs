@@ -88,6 +88,16 @@ fn sharp(config: &DecoderConfig) -> Decoder {
     })
 }
 
+/// The likeliest token after a text, by the full pass.
+fn likeliest(model: &Decoder, text: &[u32]) -> u32 {
+    let tokens: Vec<i32> = text.iter().map(|token| *token as i32).collect();
+    let tokens = TensorData::new(tokens, [1, text.len()]);
+    let tokens = Tensor::<2, Int>::from_data(tokens, &device());
+    let scores = model.forward(tokens, None);
+    let last = scores.slice(s![0..1, text.len() - 1.., ..]).argmax(2);
+    last.into_data().iter::<u32>().next().expect("one token")
+}
+
 fn greedy() -> SamplingConfig {
     SamplingConfig::default().with_temperature(0.0)
 }
@@ -104,20 +114,7 @@ fn cached_generation_equals_uncached_token_for_token() {
             .collect();
         let mut text = prompt.to_vec();
         for token in generated {
-            let tokens: Vec<i32> = text.iter().map(|token| *token as i32).collect();
-            let n_tokens = tokens.len();
-            let tokens =
-                Tensor::<2, Int>::from_data(TensorData::new(tokens, [1, n_tokens]), &device);
-            let scores = model
-                .forward(tokens, None)
-                .slice(s![0..1, n_tokens - 1.., ..]);
-            let likeliest: i64 = scores
-                .argmax(2)
-                .into_data()
-                .iter::<i64>()
-                .next()
-                .expect("one");
-            assert_eq!(i64::from(token), likeliest);
+            assert_eq!(token, likeliest(&model, &text));
             text.push(token);
         }
     }
@@ -137,17 +134,8 @@ fn the_window_slides_past_the_learned_positions() {
     // 16 positions: 13 tokens after the prompt of 3 and one more without its own position, then 8 or 9 each.
     assert_eq!(generator.n_slides(), 2);
     // After a slide the model sees the last 8 tokens from position 0, as if they were all there is.
-    let text = generator.text()[..17].to_vec();
-    let last: Vec<i32> = text[9..].iter().map(|token| *token as i32).collect();
-    let tokens = Tensor::<2, Int>::from_data(TensorData::new(last, [1, 8]), &device);
-    let scores = model.forward(tokens, None).slice(s![0..1, 7.., ..]);
-    let likeliest: i64 = scores
-        .argmax(2)
-        .into_data()
-        .iter::<i64>()
-        .next()
-        .expect("one");
-    assert_eq!(i64::from(generator.text()[17]), likeliest);
+    let text = generator.text();
+    assert_eq!(text[17], likeliest(&model, &text[9..17]));
 }
 
 #[test]
