@@ -90,6 +90,8 @@ fn main() -> ExitCode {
 /// A run that is about to begin or to go on: everything is validated, nothing is created yet.
 struct Plan {
     config: RunConfig,
+    /// The steps that a run to be continued was planned with.
+    earlier_steps: Option<u64>,
     training: Arc<TrainingWindows>,
     held_out: Arc<EvaluationWindows>,
     prompt: Vec<u8>,
@@ -116,17 +118,8 @@ fn pretrain(args: &Args) -> Result<ExitCode, AnyError> {
         // At once: a run that is killed while its model is made can be resumed too.
         plan.config.write(&folder.file(RunFolder::CONFIG))?;
     }
-    let (trainer, extended) = prepare(&plan, &folder, &device)?;
+    let trainer = prepare(&plan, &folder, &device)?;
     announce(&plan, &folder, &trainer);
-    if extended {
-        say(format_args!(
-            "the learning-rate schedule changed: it now ends at step {} instead of {}",
-            plan.config.training.steps,
-            RunConfig::read(&folder.file(RunFolder::CONFIG))?
-                .training
-                .steps
-        ));
-    }
     plan.config.write(&folder.file(RunFolder::CONFIG))?;
     let weights = folder.file(RunFolder::WEIGHTS);
     if trainer.session.counters.step < plan.config.training.steps {
@@ -219,6 +212,7 @@ fn plan(args: &Args) -> Result<Plan, AnyError> {
         }
     ));
     let documents = corpus.fingerprints();
+    let earlier_steps = earlier.as_ref().map(|earlier| earlier.training.steps);
     let config = match earlier {
         Some(earlier) => {
             let config = overrides.resume(&earlier)?;
@@ -256,6 +250,7 @@ fn plan(args: &Args) -> Result<Plan, AnyError> {
         held_out: Arc::new(EvaluationWindows::new(held_out, seq_length)?),
         prompt: whole_characters(prompt),
         config,
+        earlier_steps,
     })
 }
 
@@ -306,19 +301,13 @@ fn check_writable(path: &Path) -> Result<(), AnyError> {
     Ok(())
 }
 
-/// A new session, or the one of the last intact checkpoint; and whether the schedule was extended.
-fn prepare(
-    plan: &Plan,
-    folder: &RunFolder,
-    device: &Device,
-) -> Result<(Trainer<Decoder>, bool), AnyError> {
+/// A new session, or the one of the last intact checkpoint.
+fn prepare(plan: &Plan, folder: &RunFolder, device: &Device) -> Result<Trainer<Decoder>, AnyError> {
     let training = &plan.config.training;
     let model = plan.config.model.init(&device.clone().autodiff());
     let model = LanguageModel::new(model, training.label_smoothing, training.z_loss);
     let mut session = Session::new(model, training);
     let checkpoints = CheckpointStore::open(&folder.file(RunFolder::CHECKPOINTS))?;
-    let earlier = folder.file(RunFolder::CONFIG);
-    let extended = earlier.is_file() && RunConfig::read(&earlier)?.training.steps != training.steps;
     if let Some(loaded) = checkpoints.reader().load_newest()? {
         for damaged in &loaded.damaged {
             complain(format_args!(
@@ -340,13 +329,12 @@ fn prepare(
     if log.exists() {
         MetricsLog::truncate_after(&log, step)?;
     }
-    let trainer = Trainer {
+    Ok(Trainer {
         config: training.clone(),
         session,
         checkpoints,
         metrics: MetricsLog::open(folder.path())?,
-    };
-    Ok((trainer, extended))
+    })
 }
 
 fn announce(plan: &Plan, folder: &RunFolder, trainer: &Trainer<Decoder>) {
@@ -364,6 +352,13 @@ fn announce(plan: &Plan, folder: &RunFolder, trainer: &Trainer<Decoder>) {
             "resuming after step {}",
             trainer.session.counters.step
         ));
+    }
+    match plan.earlier_steps {
+        Some(earlier) if earlier != training.steps => say(format_args!(
+            "the learning-rate schedule changed: it now ends at step {} instead of {earlier}",
+            training.steps
+        )),
+        _ => {}
     }
 }
 
@@ -486,9 +481,8 @@ fn report(
     if let Some(path) = &args.report {
         report.write(path)?;
     }
-    let curves = RunHistory::load(folder.path())?;
     plot::draw_curves(
-        &[curves],
+        &[history],
         &folder.file("curves.svg"),
         &folder.file("curves.png"),
     )?;

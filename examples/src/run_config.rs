@@ -6,7 +6,7 @@ use std::{
 };
 
 use emberlm::{
-    core::InvalidConfig,
+    core::{InvalidConfig, replace_file},
     models::{DecoderConfig, PositionsConfig},
     training::{Fingerprint, TrainingConfig},
 };
@@ -220,14 +220,10 @@ impl RunConfig {
     /// A file that cannot be written.
     pub fn write(&self, path: &Path) -> Result<(), ConfigError> {
         let text = serde_json::to_string_pretty(self).expect("a configuration is plain data");
-        let temporary = path.with_extension("json.tmp");
-        fs::write(&temporary, text)
-            .and_then(|()| fs::File::open(&temporary)?.sync_all())
-            .and_then(|()| fs::rename(&temporary, path))
-            .map_err(|source| ConfigError::Io {
-                path: path.to_owned(),
-                source,
-            })
+        replace_file(path, text.as_bytes()).map_err(|source| ConfigError::Io {
+            path: path.to_owned(),
+            source,
+        })
     }
 }
 

@@ -1,8 +1,7 @@
 //! Weights in safetensors files, and loading the model of a training run.
 
 use std::{
-    fs::{self, File},
-    io::{self, Write},
+    fs, io,
     path::{Path, PathBuf},
 };
 
@@ -11,7 +10,7 @@ use burn::{
     store::{ModuleSnapshot, ModuleStore, SafetensorsStore},
     tensor::Device,
 };
-use emberlm_core::InvalidConfig;
+use emberlm_core::{InvalidConfig, replace_file};
 use serde::Deserialize;
 use thiserror::Error;
 
@@ -74,14 +73,7 @@ pub fn save_weights<M: Module>(module: &M, path: &Path) -> Result<(), LoadError>
     let bytes = store
         .get_bytes()
         .map_err(|error| weights(error.to_string()))?;
-    let write = || {
-        let temporary = path.with_extension("safetensors.tmp");
-        let mut file = File::create(&temporary)?;
-        file.write_all(&bytes)?;
-        file.sync_all()?;
-        fs::rename(&temporary, path)
-    };
-    write().map_err(|source| LoadError::Io {
+    replace_file(path, &bytes).map_err(|source| LoadError::Io {
         path: path.to_owned(),
         source,
     })

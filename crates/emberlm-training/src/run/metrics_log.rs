@@ -1,12 +1,12 @@
 //! The metrics log: one line of JSON for every training step of a run.
 
 use std::{
-    ffi::OsString,
     fs::{self, File},
-    io::{self, BufWriter, Write},
+    io::{BufWriter, Write},
     path::{Path, PathBuf},
 };
 
+use emberlm_core::{replace_file, sync_folder_of};
 use serde::{Deserialize, Serialize, Serializer, ser::Error};
 
 use super::error::RunError;
@@ -161,40 +161,6 @@ impl MetricsLog {
     }
 }
 
-/// Replaces the file at `path`, or makes it: after an error or a kill it is the old or the new one.
-pub(super) fn replace_file(path: &Path, content: &[u8]) -> Result<(), RunError> {
-    let mut temporary = OsString::from(path);
-    temporary.push(".tmp");
-    let temporary = PathBuf::from(temporary);
-    let write = || {
-        let mut file = File::create(&temporary)?;
-        file.write_all(content)?;
-        file.sync_all()?;
-        fs::rename(&temporary, path)?;
-        sync_folder_of(path)
-    };
-    write().map_err(|source| {
-        // The error that counts is the first one.
-        let _ = fs::remove_file(&temporary);
-        RunError::io(path)(source)
-    })
-}
-
-/// Makes a new name in the folder survive a loss of power.
-#[cfg(unix)]
-fn sync_folder_of(path: &Path) -> io::Result<()> {
-    match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => File::open(folder)?.sync_all(),
-        _ => File::open(".")?.sync_all(),
-    }
-}
-
-/// Does nothing: only Unix opens folders as files, and only there they need it.
-#[cfg(not(unix))]
-fn sync_folder_of(_path: &Path) -> io::Result<()> {
-    Ok(())
-}
-
 /// Drops the lines of later steps and a torn line, and returns the last step that is left.
 fn keep_up_to(path: &Path, step: u64) -> Result<Option<u64>, RunError> {
     let text = fs::read(path).map_err(RunError::io(path))?;
@@ -206,7 +172,7 @@ fn keep_up_to(path: &Path, step: u64) -> Result<Option<u64>, RunError> {
         .copied()
         .collect();
     if kept != text {
-        replace_file(path, &kept)?;
+        replace_file(path, &kept).map_err(RunError::io(path))?;
     }
     Ok(lines.last().map(|(record, _)| record.step))
 }

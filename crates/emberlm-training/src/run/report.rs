@@ -2,9 +2,10 @@
 
 use std::{fs, path::Path};
 
+use emberlm_core::replace_file;
 use serde::{Deserialize, Serialize};
 
-use super::{error::RunError, metrics_log::replace_file};
+use super::error::RunError;
 
 /// The final numbers of a run; `None` is what a run that was stopped early did not come to measure.
 ///
@@ -53,7 +54,7 @@ impl Report {
         let path = path.as_ref();
         let mut text = serde_json::to_vec_pretty(self).map_err(RunError::json(path))?;
         text.push(b'\n');
-        replace_file(path, &text)
+        replace_file(path, &text).map_err(RunError::io(path))
     }
 
     /// Reads the report at `path`.
