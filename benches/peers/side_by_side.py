@@ -31,6 +31,8 @@ def main():
     parser.add_argument("--steps", type=int, default=10, help="counted steps of each contender a round")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
+    if not BENCH.exists():
+        sys.exit(f"{BENCH} does not exist: run cargo build --release -p emberlm-bench first")
     ours = [str(BENCH), "--preset", args.preset, "--steps", str(args.steps), "--only"]
     contenders = {
         "emberlm": [*ours, "emberlm"],
