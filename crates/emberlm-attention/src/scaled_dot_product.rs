@@ -1,19 +1,9 @@
 //! The dense definition of attention: all scores, then a softmax, then a weighted mean.
 
-use burn::{
-    config::Config,
-    tensor::{Tensor, activation::softmax},
-};
+use burn::tensor::{Tensor, activation::softmax};
 use emberlm_core::{RandomKey, Visibility, dropout};
 
-/// A bound on the scores.
-#[derive(Config, Debug, Copy, PartialEq)]
-pub enum ScoreCap {
-    /// None.
-    None,
-    /// `limit * tanh(score / limit)`, as in Gemma 2, <https://arxiv.org/abs/2408.00118>.
-    Tanh(f64),
-}
+use crate::ScoreCap;
 
 /// Options of [`scaled_dot_product`].
 #[derive(Debug, Clone, Copy, PartialEq)]

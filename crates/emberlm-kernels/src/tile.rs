@@ -16,6 +16,17 @@ pub struct Left<T> {
     pub column_stride: usize,
 }
 
+impl<T> Left<T> {
+    /// The matrix at `pointer` with these strides.
+    pub fn new(pointer: *const T, row_stride: usize, column_stride: usize) -> Self {
+        Self {
+            pointer,
+            row_stride,
+            column_stride,
+        }
+    }
+}
+
 /// The right matrix of a product, or the result: rows of adjacent elements.
 #[derive(Debug, Clone, Copy)]
 pub struct Rows<P> {
@@ -23,6 +34,16 @@ pub struct Rows<P> {
     pub pointer: P,
     /// From one row to the next, in elements.
     pub row_stride: usize,
+}
+
+impl<P> Rows<P> {
+    /// The matrix at `pointer` with this stride.
+    pub fn new(pointer: P, row_stride: usize) -> Self {
+        Self {
+            pointer,
+            row_stride,
+        }
+    }
 }
 
 /// `c = a b`, or `c += a b` if `ADD`; `a` is `m x k`, `b` is `k x n`, `c` is `m x n`.

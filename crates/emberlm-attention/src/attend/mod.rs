@@ -50,9 +50,9 @@ impl Implementation {
 fn native_on(device: &Device) -> bool {
     use burn::backend::DispatchDevice;
 
-    let mut device = device.as_dispatch();
-    if let DispatchDevice::Autodiff(inner) = device {
-        device = inner.inner();
+    let mut device = device.as_dispatch().clone();
+    if let DispatchDevice::Autodiff(autodiff) = device {
+        device = autodiff.inner();
     }
     match device {
         #[cfg(feature = "flex")]
@@ -119,7 +119,14 @@ pub fn attend_by(
     schedule: &Arc<Schedule>,
     options: &AttendOptions,
 ) -> Tensor<4> {
-    run(implementation, [query, key, value], schedule, options, false).0
+    run(
+        implementation,
+        [query, key, value],
+        schedule,
+        options,
+        false,
+    )
+    .0
 }
 
 /// [`attend_by`], with the log-sum-exp of each query's scores, `[batch_size, n_heads, query_length]`, which gets a
@@ -183,7 +190,10 @@ fn hidden(schedule: &Schedule, device: &Device) -> Tensor<4, Bool> {
         false => [lengths.batch_size, lengths.n_heads],
     };
     let mut hidden = vec![true; n_batch * n_heads * n_queries * n_keys];
-    for (row, hidden) in hidden.chunks_exact_mut((n_queries * n_keys).max(1)).enumerate() {
+    for (row, hidden) in hidden
+        .chunks_exact_mut((n_queries * n_keys).max(1))
+        .enumerate()
+    {
         visit_visible(schedule, row / n_heads, row % n_heads, |query, key| {
             hidden[query * n_keys + key] = false;
         });
@@ -199,12 +209,18 @@ fn visit_visible(
     head: usize,
     mut visit: impl FnMut(usize, usize),
 ) {
-    let BlockSizes { query: n_queries, key: n_keys } = *schedule.block_sizes();
+    let BlockSizes {
+        query: n_queries,
+        key: n_keys,
+    } = *schedule.block_sizes();
     let place = |order: Option<&[u32]>, i: usize| order.map_or(i, |order| order[i] as usize);
     for part in schedule.parts() {
         let rows = part.layout(batch, head).rows();
         let mut pair = |query, key| {
-            visit(place(part.query_order(), query), place(part.key_order(), key));
+            visit(
+                place(part.query_order(), query),
+                place(part.key_order(), key),
+            );
         };
         for query_block in 0..rows.len() {
             for span in rows.spans(query_block) {
@@ -214,7 +230,9 @@ fn visit_visible(
                             let visible = match *span {
                                 Span::Full { .. } => true,
                                 Span::Partial { mask, .. } => {
-                                    schedule.masks().row(mask, row)[column / 64] >> (column % 64) & 1 == 1
+                                    schedule.masks().row(mask, row)[column / 64] >> (column % 64)
+                                        & 1
+                                        == 1
                                 }
                             };
                             if visible {
@@ -246,23 +264,65 @@ fn check_shapes(
         );
     };
     equal("batch_size", "the key", key_batch, "the query", batch_size);
-    equal("batch_size", "the value", value_batch, "the query", batch_size);
+    equal(
+        "batch_size",
+        "the value",
+        value_batch,
+        "the query",
+        batch_size,
+    );
     equal("d_head", "the key", key_width, "the query", d_head);
-    equal("n_kv_heads", "the value", value_heads, "the key", n_kv_heads);
-    equal("key_length", "the value", value_length, "the key", key_length);
+    equal(
+        "n_kv_heads",
+        "the value",
+        value_heads,
+        "the key",
+        n_kv_heads,
+    );
+    equal(
+        "key_length",
+        "the value",
+        value_length,
+        "the key",
+        key_length,
+    );
     assert!(
         n_kv_heads > 0 && n_heads.is_multiple_of(n_kv_heads),
         "n_heads: {n_heads} query heads cannot share {n_kv_heads} key/value heads evenly"
     );
     // What is the same for all batch rows or heads may have been compiled for one.
     if lengths.batch_size != 1 {
-        equal("batch_size", "the query", batch_size, "the schedule", lengths.batch_size);
+        equal(
+            "batch_size",
+            "the query",
+            batch_size,
+            "the schedule",
+            lengths.batch_size,
+        );
     }
     if lengths.n_heads != 1 {
-        equal("n_heads", "the query", n_heads, "the schedule", lengths.n_heads);
+        equal(
+            "n_heads",
+            "the query",
+            n_heads,
+            "the schedule",
+            lengths.n_heads,
+        );
     }
-    equal("query_length", "the query", query_length, "the schedule", lengths.query_length);
-    equal("key_length", "the key", key_length, "the schedule", lengths.key_length);
+    equal(
+        "query_length",
+        "the query",
+        query_length,
+        "the schedule",
+        lengths.query_length,
+    );
+    equal(
+        "key_length",
+        "the key",
+        key_length,
+        "the schedule",
+        lengths.key_length,
+    );
     if let Some(slopes) = &options.alibi {
         equal("n_heads", "alibi", slopes.len(), "the query", n_heads);
     }
@@ -272,12 +332,24 @@ fn check_shapes(
     if let Some(bias) = &options.bias {
         let [bias_batch, bias_heads, bias_queries, bias_keys] = bias.dims();
         if bias_batch != 1 {
-            equal("batch_size", "the bias", bias_batch, "the query", batch_size);
+            equal(
+                "batch_size",
+                "the bias",
+                bias_batch,
+                "the query",
+                batch_size,
+            );
         }
         if bias_heads != 1 {
             equal("n_heads", "the bias", bias_heads, "the query", n_heads);
         }
-        equal("query_length", "the bias", bias_queries, "the query", query_length);
+        equal(
+            "query_length",
+            "the bias",
+            bias_queries,
+            "the query",
+            query_length,
+        );
         equal("key_length", "the bias", bias_keys, "the key", key_length);
     }
     assert!(

@@ -1,7 +1,4 @@
-use burn::{
-    config::Config,
-    tensor::Tensor,
-};
+use burn::{config::Config, tensor::Tensor};
 use emberlm_core::RandomKey;
 
 /// A bound on the scores.

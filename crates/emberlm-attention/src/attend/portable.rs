@@ -44,7 +44,10 @@ fn classes(part: &Part) -> Vec<Class> {
             continue;
         }
         let n_key_blocks = n_visited.next_power_of_two();
-        match classes.iter_mut().find(|class| class.n_key_blocks == n_key_blocks) {
+        match classes
+            .iter_mut()
+            .find(|class| class.n_key_blocks == n_key_blocks)
+        {
             Some(class) => class.query_blocks.push(query_block),
             None => classes.push(Class {
                 n_key_blocks,
@@ -88,16 +91,34 @@ fn attend_part(
             }
         }
         n_rows += gathered.queries.len();
-        pieces.push(attend_class([query, key, value], schedule, &gathered, options));
+        pieces.push(attend_class(
+            [query, key, value],
+            schedule,
+            &gathered,
+            options,
+        ));
     }
+    // Even if nobody sees anything, the result depends on the inputs as far as autodiff is concerned.
+    let zero = pieces.is_empty().then(|| {
+        let zeros = [query, key, value].map(|input| {
+            let all = Tensor::<4, Bool>::full(input.shape(), true, &device);
+            input.clone().mask_fill(all, 0.0).sum()
+        });
+        zeros
+            .into_iter()
+            .reduce(|a, b| a + b)
+            .expect("three inputs")
+    });
     let options = (&device, query.dtype());
-    let like = |width: usize, fill: f64| {
-        Tensor::<4>::full([batch_size, n_heads, 1, width], fill, options)
-    };
+    let like =
+        |width: usize, fill: f64| Tensor::<4>::full([batch_size, n_heads, 1, width], fill, options);
     let no_row = Sums {
         maximum: like(1, NO_SCORE),
         total: like(1, 0.0),
-        values: like(d_value, 0.0),
+        values: match zero {
+            Some(zero) => like(d_value, 0.0) + zero.reshape([1, 1, 1, 1]),
+            None => like(d_value, 0.0),
+        },
     };
     let index: Vec<i64> = rows_of
         .into_iter()
@@ -131,7 +152,10 @@ struct Gathered {
 
 impl Gathered {
     fn new(schedule: &Schedule, part: &Part, class: &Class) -> Self {
-        let BlockSizes { query: n_queries, key: n_keys } = *schedule.block_sizes();
+        let BlockSizes {
+            query: n_queries,
+            key: n_keys,
+        } = *schedule.block_sizes();
         let size = [n_queries, class.n_key_blocks * n_keys];
         let n_blocks = class.query_blocks.len();
         let place = |order: Option<&[u32]>, length: usize, i: usize| {
@@ -153,7 +177,10 @@ impl Gathered {
                     keys.push(place(part.key_order(), part.key_length(), j));
                 }
             }
-            keys.resize(keys.len() + (class.n_key_blocks - visited.len()) * n_keys, None);
+            keys.resize(
+                keys.len() + (class.n_key_blocks - visited.len()) * n_keys,
+                None,
+            );
         }
 
         let lengths = schedule.lengths();
@@ -166,8 +193,7 @@ impl Gathered {
         for (head_row, hidden) in hidden.chunks_exact_mut(of_head).enumerate() {
             let rows = part.layout(head_row / n_heads, head_row % n_heads).rows();
             let blocks = hidden.chunks_exact_mut(size[0] * size[1]);
-            for ((hidden, query_block), visited) in
-                blocks.zip(&class.query_blocks).zip(&key_blocks)
+            for ((hidden, query_block), visited) in blocks.zip(&class.query_blocks).zip(&key_blocks)
             {
                 for span in rows.spans(*query_block) {
                     for key_block in span.blocks() {
@@ -215,7 +241,11 @@ fn attend_class(
     let [batch_size, n_heads, _, d_head] = query.dims();
     let [_, n_kv_heads, _, d_value] = value.dims();
     let (device, dtype) = (query.device(), query.dtype());
-    let Gathered { n_blocks, size: [n_queries, n_keys], .. } = *gathered;
+    let Gathered {
+        n_blocks,
+        size: [n_queries, n_keys],
+        ..
+    } = *gathered;
     let group = n_heads / n_kv_heads;
     let (query_index, key_index) = (
         index(&gathered.queries, &device),
@@ -270,13 +300,20 @@ fn attend_class(
             .reshape(shape);
         scores = scores + bias;
     }
-    let hidden = Tensor::<5, Bool>::from_data(gathered.hidden.clone(), &device)
-        .expand(scores.shape());
+    let hidden =
+        Tensor::<5, Bool>::from_data(gathered.hidden.clone(), &device).expand(scores.shape());
     let scores = scores.mask_fill(hidden.clone(), NO_SCORE);
     let maximum = scores.clone().detach().max_dim(4);
     let weights = (scores - maximum.clone()).exp().mask_fill(hidden, 0.0);
     let total = weights.clone().sum_dim(4);
-    let weights = match kept(schedule, gathered, options, [batch_size, n_heads], &device, dtype) {
+    let weights = match kept(
+        schedule,
+        gathered,
+        options,
+        [batch_size, n_heads],
+        &device,
+        dtype,
+    ) {
         Some(kept) => weights * kept,
         None => weights,
     };
@@ -303,9 +340,13 @@ fn kept(
     dtype: DType,
 ) -> Option<Tensor<5>> {
     let key = options.dropout_key.filter(|_| options.dropout > 0.0)?;
-    let Gathered { n_blocks, size: [n_queries, n_keys], .. } = *gathered;
+    let Gathered {
+        n_blocks,
+        size: [n_queries, n_keys],
+        ..
+    } = *gathered;
     let lengths = schedule.lengths();
-    let factor = (1.0 / (1.0 - options.dropout)) as f32;
+    let factor = 1.0 / (1.0 - options.dropout);
     let mut factors = Vec::with_capacity(batch_size * n_heads * gathered.queries.len() * n_keys);
     for head_row in 0..batch_size * n_heads {
         for (row, query) in gathered.queries.iter().enumerate() {

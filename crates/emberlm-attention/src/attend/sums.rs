@@ -7,9 +7,9 @@ use burn::tensor::Tensor;
 ///
 /// Shapes: `[batch_size, n_heads, query_length, 1]`, values `[batch_size, n_heads, query_length, d_value]`.
 pub(super) struct Sums {
-    pub maximum: Tensor<4>,
-    pub total: Tensor<4>,
-    pub values: Tensor<4>,
+    pub(super) maximum: Tensor<4>,
+    pub(super) total: Tensor<4>,
+    pub(super) values: Tensor<4>,
 }
 
 /// The maximum of a query without keys. Finite, so that differences are.
@@ -17,7 +17,7 @@ pub(super) const NO_SCORE: f64 = -1e30;
 
 impl Sums {
     /// Brings pieces over disjoint keys, and a sink a head, to the maximum of all, and adds them.
-    pub fn merge(pieces: Vec<Self>, sinks: Option<Tensor<1>>) -> Self {
+    pub(super) fn merge(pieces: Vec<Self>, sinks: Option<Tensor<1>>) -> Self {
         let mut pieces = pieces.into_iter();
         let mut merged = pieces.next().expect("a schedule has a part");
         for piece in pieces {
@@ -52,7 +52,7 @@ impl Sums {
 
     /// The output and the log-sum-exp, `[batch_size, n_heads, query_length, 1]`: zeros and negative infinity for a query
     /// without keys.
-    pub fn finish(self) -> (Tensor<4>, Tensor<4>) {
+    pub(super) fn finish(self) -> (Tensor<4>, Tensor<4>) {
         let empty = self.total.clone().detach().equal_elem(0.0);
         let total = self.total.mask_fill(empty.clone(), 1.0);
         let log_sum_exp = (self.maximum + total.clone().log()).mask_fill(empty, f64::NEG_INFINITY);

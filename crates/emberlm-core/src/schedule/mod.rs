@@ -117,15 +117,15 @@ impl Part {
     /// Which query each row is, as an index into the `query_length` queries; natural order if there is none.
     ///
     /// It may name only some of the queries, each once. The others see nothing in this part.
-    pub fn query_order(&self) -> Option<&Arc<[u32]>> {
-        self.query_order.as_ref()
+    pub fn query_order(&self) -> Option<&[u32]> {
+        self.query_order.as_deref()
     }
 
     /// Which key each column is, as an index into the `key_length` keys; natural order if there is none.
     ///
     /// It may name only some of the keys, each once. Nobody sees the others in this part.
-    pub fn key_order(&self) -> Option<&Arc<[u32]>> {
-        self.key_order.as_ref()
+    pub fn key_order(&self) -> Option<&[u32]> {
+        self.key_order.as_deref()
     }
 
     /// Number of queries in the order.
@@ -166,6 +166,11 @@ impl Part {
     /// Number of different layouts.
     pub fn n_layouts(&self) -> usize {
         self.layouts.len()
+    }
+
+    /// The different layouts.
+    pub fn layouts(&self) -> impl Iterator<Item = &Layout> {
+        self.layouts.iter()
     }
 
     fn bytes(&self) -> usize {

@@ -11,7 +11,10 @@
 //! Each pair of blocks is computed once, for all three gradients.
 
 use emberlm_core::{Layout, Part};
-use emberlm_kernels::{Real, Shared, Stored, View, lanes, tile};
+use emberlm_kernels::{
+    Real, Shared, Stored, View, lanes,
+    tile::{self, Left, Rows},
+};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
@@ -25,22 +28,22 @@ use super::{
 /// What the backward pass gets from the forward pass and from behind it.
 pub(super) struct Saved<'a, E: Stored> {
     /// `[batch_size, n_heads, query_length, d_output]`
-    pub output: View<'a, E>,
+    pub(super) output: View<'a, E>,
     /// `[batch_size, n_heads, query_length]`
-    pub log_sum_exp: &'a [E::Real],
+    pub(super) log_sum_exp: &'a [E::Real],
     /// Gradient of the output, of the same shape.
-    pub d_output: View<'a, E>,
+    pub(super) d_output: View<'a, E>,
 }
 
 /// Gradients, each in the order of rows by heads: `[batch_size, length, heads, width]`.
 pub(super) struct Gradients<E: Stored> {
-    pub query: Vec<E>,
-    pub key: Vec<E>,
-    pub value: Vec<E>,
+    pub(super) query: Vec<E>,
+    pub(super) key: Vec<E>,
+    pub(super) value: Vec<E>,
     /// In the bias' own shape; empty if it is not asked for.
-    pub bias: Vec<E::Real>,
+    pub(super) bias: Vec<E::Real>,
     /// `[n_heads]`; empty without sinks.
-    pub sinks: Vec<E::Real>,
+    pub(super) sinks: Vec<E::Real>,
 }
 
 /// Runs the backward pass. Heads are the tasks; what several heads add to is summed in a fixed order, so the result
@@ -175,7 +178,7 @@ fn run_heads<E: Stored>(
             sums.key.fill(E::Real::default());
             sums.value.fill(E::Real::default());
         }
-        let rows = Rows::new(problem, saved, batch, head);
+        let rows = QueryRows::new(problem, saved, batch, head);
         for PartPositions { part, keys } in parts {
             Pass::new(problem, part, keys, [batch, head], saved, &rows).run(&mut sums, outputs);
         }
@@ -186,7 +189,13 @@ fn run_heads<E: Stored>(
                 outputs.sinks.part(head_row, 1)[0] = rows.d_sink(sinks[head]);
             }
             let at = [batch, head, sizes.n_heads];
-            write(&outputs.query, at, &sums.query, sizes.d_head, problem.scores.scale);
+            write(
+                &outputs.query,
+                at,
+                &sums.query,
+                sizes.d_head,
+                problem.scores.scale,
+            );
             if (i + 1) % group == 0 {
                 let at = [batch, sizes.kv_head(head), sizes.n_kv_heads];
                 write(&outputs.key, at, &sums.key, sizes.d_head, one);
@@ -220,14 +229,14 @@ unsafe fn write<E: Stored>(
 }
 
 /// What the queries of one head bring, in the order of the sequence.
-struct Rows<R> {
+struct QueryRows<R> {
     /// `lse`; zero for a query without keys, whose scores are all hidden.
     log_sum_exp: Vec<R>,
     /// `delta - dlse`
     delta: Vec<R>,
 }
 
-impl<R: Real> Rows<R> {
+impl<R: Real> QueryRows<R> {
     fn new<E: Stored<Real = R>>(
         problem: &Problem<'_, E>,
         saved: &Saved<'_, E>,
@@ -261,7 +270,11 @@ impl<R: Real> Rows<R> {
                     sum += *o * *d;
                 }
                 if problem.with_log_sum_exp {
-                    sum = sum - saved.d_output.at([batch, head, query, sizes.d_value]).to_real();
+                    sum = sum
+                        - saved
+                            .d_output
+                            .at([batch, head, query, sizes.d_value])
+                            .to_real();
                 }
                 sum
             })
@@ -306,7 +319,7 @@ impl<'a, 'b, E: Stored> Pass<'a, 'b, E> {
         key_positions: &'a [E::Real],
         [batch, head]: [usize; 2],
         saved: &Saved<'_, E>,
-        rows: &Rows<E::Real>,
+        rows: &QueryRows<E::Real>,
     ) -> Self {
         let sizes = problem.sizes();
         let one = E::Real::from_f64(1.0);
@@ -321,9 +334,9 @@ impl<'a, 'b, E: Stored> Pass<'a, 'b, E> {
             part,
             layout: part.layout(batch, head),
             head: Head::new(problem, batch, head),
-            bias_row: problem.bias_at(batch, head).map_or(0, |(bias, [b, h])| {
-                b * bias.dims()[1] + h
-            }),
+            bias_row: problem
+                .bias_at(batch, head)
+                .map_or(0, |(bias, [b, h])| b * bias.dims()[1] + h),
             key_positions,
             queries: pack_rows(problem.query, [batch, head], queries, problem.scores.scale),
             d_outputs: pack_rows(
@@ -372,7 +385,13 @@ impl<E: Stored> Pass<'_, '_, E> {
                     d_value: &mut sums.value,
                     scratch: &mut scratch,
                 });
-                add_rows(&mut sums.query, &d_query, padded(sizes.d_head), 0, Some(order));
+                add_rows(
+                    &mut sums.query,
+                    &d_query,
+                    padded(sizes.d_head),
+                    0,
+                    Some(order),
+                );
             }
         }
     }
@@ -438,8 +457,20 @@ impl<E: Stored> WithSimd for Work<'_, '_, E> {
                 unsafe { self.pair(simd, &block, key_block) };
             }
             let order = pass.part.key_order();
-            add_rows(self.d_key, &self.scratch.key[..n * d_head], d_head, first, order);
-            add_rows(self.d_value, &self.scratch.value[..n * d_value], d_value, first, order);
+            add_rows(
+                self.d_key,
+                &self.scratch.key[..n * d_head],
+                d_head,
+                first,
+                order,
+            );
+            add_rows(
+                self.d_value,
+                &self.scratch.value[..n * d_value],
+                d_value,
+                first,
+                order,
+            );
         }
     }
 }
@@ -457,15 +488,6 @@ impl<E: Stored> Work<'_, '_, E> {
         let n_keys = BLOCK.min(n_keys);
         let scores = self.scratch.scores.as_mut_ptr();
         let weights = self.scratch.weights.as_mut_ptr();
-        let rows = |pointer, row_stride| tile::Rows {
-            pointer,
-            row_stride,
-        };
-        let left = |pointer, row_stride, column_stride| tile::Left {
-            pointer,
-            row_stride,
-            column_stride,
-        };
         // Safety: all pointers are to whole blocks of buffers that are padded to whole blocks and vectors.
         unsafe {
             let query = pass.queries.as_ptr().add(first_query * d_head);
@@ -478,16 +500,16 @@ impl<E: Stored> Work<'_, '_, E> {
             tile::product::<_, S, false>(
                 simd,
                 [n_queries, BLOCK, sizes.d_head],
-                left(query, d_head, 1),
-                rows(key_columns, BLOCK),
-                rows(scores, BLOCK),
+                Left::new(query, d_head, 1),
+                Rows::new(key_columns, BLOCK),
+                Rows::new(scores, BLOCK),
             );
             tile::product::<_, S, false>(
                 simd,
                 [n_queries, BLOCK, sizes.d_value],
-                left(d_output, d_value, 1),
-                rows(value_columns, BLOCK),
-                rows(weights, BLOCK),
+                Left::new(d_output, d_value, 1),
+                Rows::new(value_columns, BLOCK),
+                Rows::new(weights, BLOCK),
             );
             for i in 0..n_queries {
                 self.row(simd, i, block, first_key);
@@ -495,23 +517,23 @@ impl<E: Stored> Work<'_, '_, E> {
             tile::product::<_, S, true>(
                 simd,
                 [n_keys, d_value, n_queries],
-                left(weights, 1, BLOCK),
-                rows(d_output, d_value),
-                rows(self.scratch.value.as_mut_ptr(), d_value),
+                Left::new(weights, 1, BLOCK),
+                Rows::new(d_output, d_value),
+                Rows::new(self.scratch.value.as_mut_ptr(), d_value),
             );
             tile::product::<_, S, true>(
                 simd,
                 [n_keys, d_head, n_queries],
-                left(scores, 1, BLOCK),
-                rows(query, d_head),
-                rows(self.scratch.key.as_mut_ptr(), d_head),
+                Left::new(scores, 1, BLOCK),
+                Rows::new(query, d_head),
+                Rows::new(self.scratch.key.as_mut_ptr(), d_head),
             );
             tile::product::<_, S, true>(
                 simd,
                 [n_queries, d_head, n_keys],
-                left(scores, BLOCK, 1),
-                rows(key, d_head),
-                rows(d_query, d_head),
+                Left::new(scores, BLOCK, 1),
+                Rows::new(key, d_head),
+                Rows::new(d_query, d_head),
             );
         }
     }
@@ -555,11 +577,7 @@ impl<E: Stored> Work<'_, '_, E> {
                     weight = E::Real::vmul(simd, weight, kept);
                     d_weight = E::Real::vmul(simd, d_weight, kept);
                 }
-                let d_score = E::Real::vmul(
-                    simd,
-                    undropped,
-                    E::Real::vsub(simd, d_weight, delta),
-                );
+                let d_score = E::Real::vmul(simd, undropped, E::Real::vsub(simd, d_weight, delta));
                 E::Real::store(simd, weights.add(j), weight);
                 E::Real::store(simd, scores.add(j), d_score);
             }

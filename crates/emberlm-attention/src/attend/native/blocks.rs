@@ -5,9 +5,9 @@ use emberlm_core::{MaskTable, Span};
 /// One key block of a query block, or the other way round.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Block<'a> {
-    pub index: usize,
+    pub(super) index: usize,
     /// For each query of the pair of blocks a bit for each of its keys; nothing where all are visible.
-    pub mask: Option<&'a [u64]>,
+    pub(super) mask: Option<&'a [u64]>,
 }
 
 /// The blocks of some spans, in order.

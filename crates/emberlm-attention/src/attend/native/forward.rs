@@ -6,7 +6,10 @@
 //! `o / l` and the log-sum-exp `m + ln l`. All scores of a pair of blocks live in private memory and are gone afterwards.
 
 use emberlm_core::{Layout, Part};
-use emberlm_kernels::{Real, Shared, Stored, lanes, tile};
+use emberlm_kernels::{
+    Real, Shared, Stored, lanes,
+    tile::{self, Left, Rows},
+};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
@@ -23,9 +26,9 @@ const CHUNK: usize = 4;
 /// The result of the forward pass.
 pub(super) struct Forward<E: Stored> {
     /// `[batch_size, query_length, n_heads, d_value]`; one column more, the log-sum-exp, if the problem asks for it.
-    pub output: Vec<E>,
+    pub(super) output: Vec<E>,
     /// `[batch_size, n_heads, query_length]`; negative infinity for a query that sees no key.
-    pub log_sum_exp: Vec<E::Real>,
+    pub(super) log_sum_exp: Vec<E::Real>,
 }
 
 /// Runs the forward pass. Every query block is one task, so the result does not depend on the number of threads.
@@ -221,8 +224,7 @@ struct Task<'a> {
 impl Task<'_> {
     fn query(&self, i: usize) -> usize {
         let row = self.rows.start + i;
-        self.query_order
-            .map_or(row, |order| order[row] as usize)
+        self.query_order.map_or(row, |order| order[row] as usize)
     }
 
     /// The row of `[batch_size, n_heads, query_length]`.
@@ -348,7 +350,7 @@ impl<E: Stored> WithSimd for Tile<'_, '_, E> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(mut self, simd: S) {
-                let spans = self.layout.rows().spans(self.task.query_block);
+        let spans = self.layout.rows().spans(self.task.query_block);
         let head = Head::new(self.problem, self.task.batch, self.task.head);
         let mut chunk = [Block {
             index: 0,
@@ -379,21 +381,14 @@ impl<E: Stored> Tile<'_, '_, E> {
         let score_stride = CHUNK * BLOCK;
         // Safety: the offsets are those of rows and blocks inside the buffers, which are made for them.
         unsafe {
-            let query = tile::Left {
-                pointer: self.scratch.query.as_ptr(),
-                row_stride: padded(sizes.d_head),
-                column_stride: 1,
-            };
+            let query = Left::new(self.scratch.query.as_ptr(), padded(sizes.d_head), 1);
             for (b, block) in chunk.iter().enumerate() {
                 let panel = sizes.d_head * BLOCK;
-                let keys = tile::Rows {
-                    pointer: self.packed.keys[block.index * panel..][..panel].as_ptr(),
-                    row_stride: BLOCK,
-                };
-                let to = tile::Rows {
-                    pointer: scores.add(b * BLOCK),
-                    row_stride: score_stride,
-                };
+                let keys = Rows::new(
+                    self.packed.keys[block.index * panel..][..panel].as_ptr(),
+                    BLOCK,
+                );
+                let to = Rows::new(scores.add(b * BLOCK), score_stride);
                 let shape = [n_rows, BLOCK, sizes.d_head];
                 tile::product::<_, S, false>(simd, shape, query, keys, to);
             }
@@ -497,20 +492,17 @@ impl<E: Stored> Tile<'_, '_, E> {
             }
             // Safety: as in `chunk`.
             unsafe {
-                let weights = tile::Left {
-                    pointer: self.scratch.scores.as_ptr().add(b * BLOCK),
-                    row_stride: CHUNK * BLOCK,
-                    column_stride: 1,
-                };
+                let weights = Left::new(
+                    self.scratch.scores.as_ptr().add(b * BLOCK),
+                    CHUNK * BLOCK,
+                    1,
+                );
                 let first = chunk[b].index * BLOCK * width;
-                let values = tile::Rows {
-                    pointer: self.packed.values[first..][..n * BLOCK * width].as_ptr(),
-                    row_stride: width,
-                };
-                let to = tile::Rows {
-                    pointer: self.scratch.sums.values.as_mut_ptr(),
-                    row_stride: width,
-                };
+                let values = Rows::new(
+                    self.packed.values[first..][..n * BLOCK * width].as_ptr(),
+                    width,
+                );
+                let to = Rows::new(self.scratch.sums.values.as_mut_ptr(), width);
                 let shape = [self.task.rows.len(), width, n * BLOCK];
                 tile::product::<_, S, true>(simd, shape, weights, values, to);
             }

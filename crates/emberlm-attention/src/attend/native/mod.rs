@@ -1,6 +1,11 @@
 //! The fused kernels for CPU backends: a forward pass that never holds more scores than a few blocks a thread, and a
 //! backward pass that computes them again.
 
+#![allow(
+    unsafe_code,
+    reason = "tiles are addressed by pointers, and threads write disjoint rows of one result"
+)]
+
 mod backward;
 mod blocks;
 mod forward;
@@ -31,7 +36,11 @@ pub(super) fn attend(
 ) -> (Tensor<4>, Option<Tensor<4>>) {
     let blocks = *schedule.block_sizes();
     assert!(
-        blocks == BlockSizes { query: BLOCK, key: BLOCK },
+        blocks
+            == BlockSizes {
+                query: BLOCK,
+                key: BLOCK
+            },
         "block sizes: the fused kernels take blocks of {BLOCK} queries and keys, the schedule has {blocks:?}"
     );
     let [.., d_head] = query.dims();

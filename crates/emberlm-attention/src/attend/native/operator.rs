@@ -28,15 +28,15 @@ use super::{
 /// Everything besides the tensors.
 #[derive(Debug)]
 pub(in crate::attend) struct Spec {
-    pub schedule: Arc<Schedule>,
-    pub scale: f64,
-    pub cap: Option<f64>,
-    pub slopes: Option<Vec<f64>>,
-    pub dropout: Option<Dropout>,
+    pub(in crate::attend) schedule: Arc<Schedule>,
+    pub(in crate::attend) scale: f64,
+    pub(in crate::attend) cap: Option<f64>,
+    pub(in crate::attend) slopes: Option<Vec<f64>>,
+    pub(in crate::attend) dropout: Option<Dropout>,
     /// Whether there is a bias; else that argument is a placeholder. The same for the sinks.
-    pub has_bias: bool,
-    pub has_sinks: bool,
-    pub with_log_sum_exp: bool,
+    pub(in crate::attend) has_bias: bool,
+    pub(in crate::attend) has_sinks: bool,
+    pub(in crate::attend) with_log_sum_exp: bool,
 }
 
 /// Attention by the kernels of this module.
@@ -59,11 +59,11 @@ pub(in crate::attend) trait NativeAttention: Backend {
 
 /// The tensors of a call, on a device that [`NativeAttention`] is listed for.
 pub(in crate::attend) struct Inputs<T4, T1> {
-    pub query: T4,
-    pub key: T4,
-    pub value: T4,
-    pub bias: T4,
-    pub sinks: T1,
+    pub(in crate::attend) query: T4,
+    pub(in crate::attend) key: T4,
+    pub(in crate::attend) value: T4,
+    pub(in crate::attend) bias: T4,
+    pub(in crate::attend) sinks: T1,
 }
 
 /// Calls the operator.
@@ -163,7 +163,17 @@ impl NativeAttention for burn::backend::Flex {
         sinks: FloatTensor<Self>,
         spec: Arc<Spec>,
     ) -> FloatTensor<Self> {
-        untracked::<Self>(Inputs { query, key, value, bias, sinks }, &spec).0
+        untracked::<Self>(
+            Inputs {
+                query,
+                key,
+                value,
+                bias,
+                sinks,
+            },
+            &spec,
+        )
+        .0
     }
 }
 
@@ -177,7 +187,17 @@ impl NativeAttention for burn::backend::NdArray {
         sinks: FloatTensor<Self>,
         spec: Arc<Spec>,
     ) -> FloatTensor<Self> {
-        untracked::<Self>(Inputs { query, key, value, bias, sinks }, &spec).0
+        untracked::<Self>(
+            Inputs {
+                query,
+                key,
+                value,
+                bias,
+                sinks,
+            },
+            &spec,
+        )
+        .0
     }
 }
 
@@ -264,11 +284,27 @@ fn host_backward<B: HostBackend, E: Stored>(
         };
         let bias_dims = inputs.bias.shape();
         [
-            Some(heads(computed.query, sizes.query_length, sizes.n_heads, sizes.d_head)),
-            Some(heads(computed.key, sizes.key_length, sizes.n_kv_heads, sizes.d_head)),
-            Some(heads(computed.value, sizes.key_length, sizes.n_kv_heads, sizes.d_value)),
+            Some(heads(
+                computed.query,
+                sizes.query_length,
+                sizes.n_heads,
+                sizes.d_head,
+            )),
+            Some(heads(
+                computed.key,
+                sizes.key_length,
+                sizes.n_kv_heads,
+                sizes.d_head,
+            )),
+            Some(heads(
+                computed.value,
+                sizes.key_length,
+                sizes.n_kv_heads,
+                sizes.d_value,
+            )),
             with_bias.then(|| to_tensor(computed.bias, &bias_dims)),
-            spec.has_sinks.then(|| to_tensor(computed.sinks, &[sizes.n_heads])),
+            spec.has_sinks
+                .then(|| to_tensor(computed.sinks, &[sizes.n_heads])),
         ]
     })
 }
@@ -282,7 +318,13 @@ impl<B: HostBackend + NativeAttention, C: CheckpointStrategy> NativeAttention fo
         sinks: FloatTensor<Self>,
         spec: Arc<Spec>,
     ) -> FloatTensor<Self> {
-        let nodes = [query.node(), key.node(), value.node(), bias.node(), sinks.node()];
+        let nodes = [
+            query.node(),
+            key.node(),
+            value.node(),
+            bias.node(),
+            sinks.node(),
+        ];
         let inputs = Inputs {
             query: query.into_primitive(),
             key: key.into_primitive(),

@@ -10,57 +10,57 @@ use super::BLOCK;
 /// Inputs and options of one attention.
 pub(super) struct Problem<'a, E: Stored> {
     /// `[batch_size, n_heads, query_length, d_head]`
-    pub query: View<'a, E>,
+    pub(super) query: View<'a, E>,
     /// `[batch_size, n_kv_heads, key_length, d_head]`
-    pub key: View<'a, E>,
+    pub(super) key: View<'a, E>,
     /// `[batch_size, n_kv_heads, key_length, d_value]`
-    pub value: View<'a, E>,
+    pub(super) value: View<'a, E>,
     /// `[batch_size or 1, n_heads or 1, query_length, key_length]`
-    pub bias: Option<View<'a, E>>,
+    pub(super) bias: Option<View<'a, E>>,
     /// A logit a head that takes part in the softmax and has no value.
-    pub sinks: Option<Vec<E::Real>>,
-    pub schedule: &'a Schedule,
+    pub(super) sinks: Option<Vec<E::Real>>,
+    pub(super) schedule: &'a Schedule,
     /// Whether the log-sum-exp is the last column of the output.
-    pub with_log_sum_exp: bool,
-    pub scores: Scores<E::Real>,
+    pub(super) with_log_sum_exp: bool,
+    pub(super) scores: Scores<E::Real>,
 }
 
 /// How products of queries and keys become weights.
 #[derive(Debug, Clone)]
 pub(super) struct Scores<R> {
-    pub scale: R,
+    pub(super) scale: R,
     /// `limit tanh(score / limit)`
-    pub cap: Option<R>,
+    pub(super) cap: Option<R>,
     /// A slope a head: the score loses `slope |i - j|`.
-    pub slopes: Option<Arc<[R]>>,
-    pub dropout: Option<Dropout>,
+    pub(super) slopes: Option<Arc<[R]>>,
+    pub(super) dropout: Option<Dropout>,
 }
 
 /// Dropout on the weights.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Dropout {
-    pub key: RandomKey,
-    pub rate: f64,
+    pub(super) key: RandomKey,
+    pub(super) rate: f64,
 }
 
 /// The sizes of a problem, by name.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Sizes {
-    pub batch_size: usize,
-    pub n_heads: usize,
-    pub n_kv_heads: usize,
-    pub query_length: usize,
-    pub key_length: usize,
-    pub d_head: usize,
-    pub d_value: usize,
+    pub(super) batch_size: usize,
+    pub(super) n_heads: usize,
+    pub(super) n_kv_heads: usize,
+    pub(super) query_length: usize,
+    pub(super) key_length: usize,
+    pub(super) d_head: usize,
+    pub(super) d_value: usize,
 }
 
 impl<E: Stored> Problem<'_, E> {
-    pub fn first_position(&self) -> usize {
+    pub(super) fn first_position(&self) -> usize {
         self.schedule.lengths().first_position
     }
 
-    pub fn sizes(&self) -> Sizes {
+    pub(super) fn sizes(&self) -> Sizes {
         let [batch_size, n_heads, query_length, d_head] = self.query.dims();
         let [_, n_kv_heads, key_length, d_value] = self.value.dims();
         Sizes {
@@ -75,13 +75,13 @@ impl<E: Stored> Problem<'_, E> {
     }
 
     /// Columns of the output.
-    pub fn d_output(&self) -> usize {
+    pub(super) fn d_output(&self) -> usize {
         let [.., d_value] = self.value.dims();
         d_value + usize::from(self.with_log_sum_exp)
     }
 
     /// The bias that this head of this batch row sees, as indices of the bias' first two axes.
-    pub fn bias_at(&self, batch: usize, head: usize) -> Option<(View<'_, E>, [usize; 2])> {
+    pub(super) fn bias_at(&self, batch: usize, head: usize) -> Option<(View<'_, E>, [usize; 2])> {
         self.bias.map(|bias| {
             let [n_batch, n_heads, ..] = bias.dims();
             (bias, [batch.min(n_batch - 1), head.min(n_heads - 1)])
@@ -90,7 +90,7 @@ impl<E: Stored> Problem<'_, E> {
 }
 
 impl Sizes {
-    pub fn kv_head(&self, head: usize) -> usize {
+    pub(super) fn kv_head(&self, head: usize) -> usize {
         head / (self.n_heads / self.n_kv_heads)
     }
 }

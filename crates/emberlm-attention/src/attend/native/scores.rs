@@ -12,27 +12,27 @@ use super::{
 /// What one row of a block needs besides its products.
 pub(super) struct Row<'a, E: Stored> {
     /// Where the query stands among the queries, and where in the sequence.
-    pub query: usize,
-    pub position: E::Real,
+    pub(super) query: usize,
+    pub(super) position: E::Real,
     /// Where the block's keys stand, as numbers and as indices; nothing where they stand one after another.
-    pub key_positions: &'a [E::Real],
-    pub first_key: usize,
-    pub key_order: Option<&'a [u32]>,
+    pub(super) key_positions: &'a [E::Real],
+    pub(super) first_key: usize,
+    pub(super) key_order: Option<&'a [u32]>,
     /// The keys that are visible, a bit each; nothing where all are.
-    pub visible: Option<u64>,
+    pub(super) visible: Option<u64>,
 }
 
 /// What one head of one batch row adds to its scores.
 pub(super) struct Head<'a, E: Stored> {
-    pub cap: Option<E::Real>,
-    pub slope: Option<E::Real>,
-    pub bias: Option<(View<'a, E>, [usize; 2])>,
-    pub dropout: Option<(Dropout, u64)>,
-    pub key_length: usize,
+    pub(super) cap: Option<E::Real>,
+    pub(super) slope: Option<E::Real>,
+    pub(super) bias: Option<(View<'a, E>, [usize; 2])>,
+    pub(super) dropout: Option<(Dropout, u64)>,
+    pub(super) key_length: usize,
 }
 
 impl<'a, E: Stored> Head<'a, E> {
-    pub fn new(problem: &'a Problem<'_, E>, batch: usize, head: usize) -> Self {
+    pub(super) fn new(problem: &'a Problem<'_, E>, batch: usize, head: usize) -> Self {
         let sizes = problem.sizes();
         let row = ((batch * sizes.n_heads + head) * sizes.query_length) as u64;
         Self {
@@ -45,13 +45,13 @@ impl<'a, E: Stored> Head<'a, E> {
     }
 
     /// Whether products of visible keys are the scores.
-    pub fn is_plain(&self) -> bool {
+    pub(super) fn is_plain(&self) -> bool {
         self.cap.is_none() && self.slope.is_none() && self.bias.is_none()
     }
 
     /// The index of key `j` of a block among all keys.
     #[inline(always)]
-    pub fn key(&self, row: &Row<'_, E>, j: usize) -> usize {
+    pub(super) fn key(&self, row: &Row<'_, E>, j: usize) -> usize {
         match row.key_order {
             None => row.first_key + j,
             Some(order) => order[row.first_key + j] as usize,
@@ -60,7 +60,7 @@ impl<'a, E: Stored> Head<'a, E> {
 
     /// Number of keys of the block that exist.
     #[inline(always)]
-    pub fn n_keys(&self, row: &Row<'_, E>) -> usize {
+    pub(super) fn n_keys(&self, row: &Row<'_, E>) -> usize {
         let n_keys = row.key_order.map_or(self.key_length, <[u32]>::len);
         BLOCK.min(n_keys - row.first_key)
     }
@@ -73,7 +73,7 @@ impl<'a, E: Stored> Head<'a, E> {
     ///
     /// `BLOCK` elements at `scores` are this caller's alone; with a cap, so are those at `cap_slopes`.
     #[inline(always)]
-    pub unsafe fn apply<S: Simd>(
+    pub(super) unsafe fn apply<S: Simd>(
         &self,
         simd: S,
         row: &Row<'_, E>,
@@ -133,7 +133,7 @@ impl<'a, E: Stored> Head<'a, E> {
 
     /// The factors of dropout for the `BLOCK` weights of a row: zero or `1 / (1 - rate)`; nothing without dropout.
     #[inline(always)]
-    pub fn kept(&self, row: &Row<'_, E>) -> Option<[E::Real; BLOCK]> {
+    pub(super) fn kept(&self, row: &Row<'_, E>) -> Option<[E::Real; BLOCK]> {
         let (Dropout { key, rate }, first) = self.dropout?;
         let mut factors = [E::Real::default(); BLOCK];
         let kept = E::Real::from_f64(1.0 / (1.0 - rate));
