@@ -69,7 +69,7 @@ pub(super) fn lay_out(
     let has_keys = plane.keys.length() > 0;
     for query_block in 0..plane.queries.n_blocks() {
         if has_keys {
-            builder.descend(query_block, plane.keys.extents.n_levels() - 1, 0);
+            builder.descend(query_block, plane.keys.top_level(), 0);
         }
         builder.rows.end_row();
     }
