@@ -86,16 +86,20 @@ pub(super) struct Axis {
 
 impl Axis {
     /// Queries and keys of a part.
-    pub(super) fn pair(
-        order: Order,
-        tables: &Tables,
+    pub(super) fn pair<'a>(
+        order: &'a Order,
+        tables: &'a Tables,
         lengths: &Lengths,
         blocks: [usize; 2],
     ) -> [Self; 2] {
         let first = lengths.first_position;
         let [query_length, key_length] = [lengths.query_length, lengths.key_length];
         let mut modulus = 1;
-        let [queries, keys] = match order {
+        let positions = |sets: &'a [usize]| {
+            let sets = sets.iter().map(|&set| &tables.sets[set]);
+            sets.flatten().copied()
+        };
+        let [queries, keys] = match *order {
             Order::Natural => [None, None],
             Order::Residues(by) => {
                 modulus = by;
@@ -116,10 +120,9 @@ impl Axis {
                     Some(keys.map(|index| index as u32).collect()),
                 ]
             }
-            Order::Keys(set) => [None, Some(tables.sets[set].iter().copied().collect())],
-            Order::Queries(set) => {
-                let queries = tables.sets[set].iter();
-                let indices = queries.map(|&position| position - first as u32);
+            Order::Keys(ref sets) => [None, Some(positions(sets).collect())],
+            Order::Queries(ref sets) => {
+                let indices = positions(sets).map(|position| position - first as u32);
                 [Some(indices.collect()), None]
             }
         };
@@ -206,18 +209,24 @@ impl Axis {
             let bit = index % self.block;
             words[index / self.block * words_per_block + bit / 64] |= 1 << (bit % 64);
         };
-        let mut rest = &tables.sets[set][..];
+        let positions = &tables.sets[set];
         match &self.order {
             None => {
-                let indices = rest.iter().map(|&position| position as usize);
+                let indices = positions.iter().map(|&position| position as usize);
                 let indices =
                     indices.filter_map(|position| position.checked_sub(self.first_position));
                 indices.filter(|index| *index < self.length).for_each(add);
             }
             Some(_) if self.modulus == 1 => {
-                // Positions rise in both.
+                // Long stretches rise: the set is walked along.
+                let mut rest = &positions[..];
+                let mut before = 0;
                 for index in 0..self.length {
                     let position = self.position(index);
+                    if position < before {
+                        rest = positions;
+                    }
+                    before = position;
                     while rest.first().is_some_and(|first| *first < position) {
                         rest = &rest[1..];
                     }
@@ -227,7 +236,7 @@ impl Axis {
                 }
             }
             Some(_) => {
-                let is_in = |index: &usize| rest.binary_search(&self.position(*index)).is_ok();
+                let is_in = |index: &usize| positions.binary_search(&self.position(*index)).is_ok();
                 (0..self.length).filter(is_in).for_each(add);
             }
         }

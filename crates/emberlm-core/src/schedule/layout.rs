@@ -123,7 +123,7 @@ impl Builder<'_> {
             false => end - 1 - start,
         };
         if n_whole > 0 {
-            let n_pairs = (self.blocks.query * self.blocks.key * n_whole) as u64;
+            let n_pairs = (self.blocks.query * self.blocks.key) as u64 * n_whole as u64;
             self.n_visible += n_pairs;
             self.n_visited += n_pairs;
             self.rows.push(Span::Full {
