@@ -157,6 +157,19 @@ fn assert_is(schedule: &Schedule, pattern: &Pattern, data: &BatchData) {
             );
         }
     }
+    for part in schedule.parts() {
+        // An order names each query and key once at most.
+        for (order, length) in [
+            (part.query_order(), part.query_length()),
+            (part.key_order(), part.key_length()),
+        ] {
+            let Some(order) = order else { continue };
+            let mut sorted = order.to_vec();
+            sorted.sort_unstable();
+            assert!(sorted.windows(2).all(|pair| pair[0] < pair[1]), "{context}");
+            assert_eq!(order.len(), length, "{context}");
+        }
+    }
     let statistics = schedule.statistics();
     let n_visible: u64 = expected.iter().map(|&visible| u64::from(visible)).sum();
     assert_eq!(statistics.n_visible, n_visible, "{context}");

@@ -79,6 +79,28 @@ fn scattered_keys_are_packed_into_blocks() {
     assert_eq!(schedule.statistics().n_visited, expected.len() as u64);
 }
 
+#[test]
+fn disjoint_sets_of_several_heads_share_a_part() {
+    let lengths = Lengths::square(2048).with_n_heads(3);
+    let blocks = BlockSizes::default();
+    let compile = |words: &str| {
+        let pattern: Pattern = words.parse().unwrap();
+        Schedule::compile(&pattern, &lengths, &blocks, &BatchData::new()).unwrap()
+    };
+    let schedule = compile("heads(fixed:64:8, fixed:64:8:1, fixed:64:8:2)");
+    let [local, summary] = schedule.parts() else {
+        panic!("{} parts", schedule.parts().len())
+    };
+    assert!(local.key_order().is_none());
+    // The summary columns of all heads, of which each visits its own.
+    assert_eq!((summary.key_length(), summary.n_layouts()), (3 * 256, 3));
+    let statistics = schedule.statistics();
+    assert!(statistics.n_visited < 3 * statistics.n_visible / 2);
+    // The summary columns of the second head are not those of the first: they share some.
+    let schedule = compile("heads(fixed-summary:64:8, fixed-summary:64:9, full)");
+    assert_eq!(schedule.parts().len(), 3);
+}
+
 /// Visited pairs over visible ones, and the exponent with which the visited ones grow with the length.
 #[test]
 fn sparse_patterns_visit_little_more_than_they_show() {
@@ -176,11 +198,11 @@ fn block_sizes_out_of_range_are_errors() {
     assert_eq!(
         compile(0, 64),
         PatternError::Zero {
-            field: "query block"
+            field: "block_sizes.query"
         }
     );
     let too_large = PatternError::TooLarge {
-        field: "key block",
+        field: "block_sizes.key",
         got: 5000,
         limit: 4096,
     };

@@ -33,10 +33,6 @@ impl<T: Copy> Levels<T> {
     pub(super) fn at(&self, level: usize, index: usize) -> T {
         self.0[level][index]
     }
-
-    pub(super) fn n_levels(&self) -> usize {
-        self.0.len()
-    }
 }
 
 /// Whether a relation holds on a rectangle.
@@ -82,23 +78,28 @@ pub(super) struct Axis {
     block: usize,
     /// Residues are taken by this; 1 where the order does not group by them.
     pub(super) modulus: u32,
-    pub(super) extents: Levels<Extent>,
+    /// Nothing for the natural order, whose extents are plain arithmetic.
+    extents: Option<Levels<Extent>>,
     sets: Vec<Option<SetOnAxis>>,
     documents: Vec<Option<DocumentsOnAxis>>,
 }
 
 impl Axis {
     /// Queries and keys of a part.
-    pub(super) fn pair(
-        order: Order,
-        tables: &Tables,
+    pub(super) fn pair<'a>(
+        order: &'a Order,
+        tables: &'a Tables,
         lengths: &Lengths,
         blocks: [usize; 2],
     ) -> [Self; 2] {
         let first = lengths.first_position;
         let [query_length, key_length] = [lengths.query_length, lengths.key_length];
         let mut modulus = 1;
-        let [queries, keys] = match order {
+        let positions = |sets: &'a [usize]| {
+            let sets = sets.iter().map(|&set| &tables.sets[set]);
+            sets.flatten().copied()
+        };
+        let [queries, keys] = match *order {
             Order::Natural => [None, None],
             Order::Residues(by) => {
                 modulus = by;
@@ -119,10 +120,9 @@ impl Axis {
                     Some(keys.map(|index| index as u32).collect()),
                 ]
             }
-            Order::Keys(set) => [None, Some(tables.sets[set].iter().copied().collect())],
-            Order::Queries(set) => {
-                let queries = tables.sets[set].iter();
-                let indices = queries.map(|&position| position - first as u32);
+            Order::Keys(ref sets) => [None, Some(positions(sets).collect())],
+            Order::Queries(ref sets) => {
+                let indices = positions(sets).map(|position| position - first as u32);
                 [Some(indices.collect()), None]
             }
         };
@@ -146,35 +146,53 @@ impl Axis {
             length,
             block,
             modulus,
-            extents: Levels(Vec::new()),
+            extents: None,
             sets: Vec::new(),
             documents: Vec::new(),
         };
-        let extents = (0..axis.n_blocks()).map(|block| axis.extent(block));
-        axis.extents = Levels::new(extents.collect(), |left, right| Extent {
-            positions: hull(left.positions, right.positions),
-            residues: hull(left.residues, right.residues),
-        });
+        if axis.order.is_some() {
+            let extents = (0..axis.n_blocks()).map(|block| axis.ordered_extent(block));
+            let join = |left: Extent, right: Extent| Extent {
+                positions: hull(left.positions, right.positions),
+                residues: hull(left.residues, right.residues),
+            };
+            axis.extents = Some(Levels::new(extents.collect(), join));
+        }
         axis
     }
 
-    fn extent(&self, block: usize) -> Extent {
+    fn ordered_extent(&self, block: usize) -> Extent {
         let range = self.range(block);
-        let last = range.end - 1;
-        if self.order.is_none() {
-            return Extent {
-                positions: [self.position(range.start), self.position(last)],
-                residues: [0, 0],
-            };
-        }
-        let positions = range.clone().map(|index| self.position(index));
-        let bounds = |bounds: [u32; 2], position: u32| hull(bounds, [position, position]);
         let residue = |index| self.position(index) % self.modulus;
+        let [first, last] = [range.start, range.end - 1];
+        let positions = range.map(|index| self.position(index));
+        let bounds = |bounds: [u32; 2], position: u32| hull(bounds, [position, position]);
         Extent {
             positions: positions.fold([u32::MAX, 0], bounds),
             // Sorted by residue.
-            residues: [residue(range.start), residue(last)],
+            residues: [residue(first), residue(last)],
         }
+    }
+
+    /// The extent of `2^level` blocks, as many of them as there are.
+    pub(super) fn extent(&self, level: usize, index: usize) -> Extent {
+        match &self.extents {
+            Some(extents) => extents.at(level, index),
+            None => {
+                let size = self.block << level;
+                let start = index * size;
+                let last = (start + size).min(self.length) - 1;
+                Extent {
+                    positions: [self.position(start), self.position(last)],
+                    residues: [0, 0],
+                }
+            }
+        }
+    }
+
+    /// The level at which one range holds all blocks.
+    pub(super) fn top_level(&self) -> usize {
+        self.n_blocks().next_power_of_two().ilog2() as usize
     }
 
     /// Prepares what a table's set and documents are on this axis.
@@ -185,44 +203,59 @@ impl Axis {
         if self.sets[set].is_some() {
             return;
         }
-        let positions = &tables.sets[set];
         let words_per_block = self.block.div_ceil(64);
         let mut words = vec![0_u64; self.n_blocks() * words_per_block];
-        let mut blocks = Vec::with_capacity(self.n_blocks());
-        for block in 0..self.n_blocks() {
-            let range = self.range(block);
-            let words = &mut words[block * words_per_block..][..words_per_block];
-            let mut n = 0;
-            if self.order.is_none() {
-                let [from, to] = [range.start, range.end].map(|i| (i + self.first_position) as u32);
-                let start = positions.partition_point(|&position| position < from);
-                let inside = positions[start..].iter().take_while(|p| **p < to);
-                for position in inside {
-                    let bit = (position - from) as usize;
-                    words[bit / 64] |= 1 << (bit % 64);
-                    n += 1;
-                }
-            } else {
-                for (bit, index) in range.clone().enumerate() {
-                    if positions.binary_search(&self.position(index)).is_ok() {
-                        words[bit / 64] |= 1 << (bit % 64);
-                        n += 1;
+        let mut add = |index: usize| {
+            let bit = index % self.block;
+            words[index / self.block * words_per_block + bit / 64] |= 1 << (bit % 64);
+        };
+        let positions = &tables.sets[set];
+        match &self.order {
+            None => {
+                let indices = positions.iter().map(|&position| position as usize);
+                let indices =
+                    indices.filter_map(|position| position.checked_sub(self.first_position));
+                indices.filter(|index| *index < self.length).for_each(add);
+            }
+            Some(_) if self.modulus == 1 => {
+                // Long stretches rise: the set is walked along.
+                let mut rest = &positions[..];
+                let mut before = 0;
+                for index in 0..self.length {
+                    let position = self.position(index);
+                    if position < before {
+                        rest = positions;
+                    }
+                    before = position;
+                    while rest.first().is_some_and(|first| *first < position) {
+                        rest = &rest[1..];
+                    }
+                    if rest.first() == Some(&position) {
+                        add(index);
                     }
                 }
             }
-            blocks.push(match n {
-                0 => Holds::Nowhere,
-                n if n == range.len() => Holds::Everywhere,
-                _ => Holds::Somewhere,
-            });
+            Some(_) => {
+                let is_in = |index: &usize| positions.binary_search(&self.position(*index)).is_ok();
+                (0..self.length).filter(is_in).for_each(add);
+            }
         }
+        let blocks = words.chunks(words_per_block).enumerate();
+        let blocks = blocks.map(|(block, words)| {
+            match words.iter().map(|word| word.count_ones() as usize).sum() {
+                0 => Holds::Nowhere,
+                n if n == self.range(block).len() => Holds::Everywhere,
+                _ => Holds::Somewhere,
+            }
+        });
+        let levels = Levels::new(blocks.collect(), |left, right| match left == right {
+            true => left,
+            false => Holds::Somewhere,
+        });
         self.sets[set] = Some(SetOnAxis {
             words,
             words_per_block,
-            levels: Levels::new(blocks, |left, right| match left == right {
-                true => left,
-                false => Holds::Somewhere,
-            }),
+            levels,
         });
     }
 

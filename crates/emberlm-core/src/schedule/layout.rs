@@ -69,7 +69,7 @@ pub(super) fn lay_out(
     let has_keys = plane.keys.length() > 0;
     for query_block in 0..plane.queries.n_blocks() {
         if has_keys {
-            builder.descend(query_block, plane.keys.extents.n_levels() - 1, 0);
+            builder.descend(query_block, plane.keys.top_level(), 0);
         }
         builder.rows.end_row();
     }
@@ -123,7 +123,7 @@ impl Builder<'_> {
             false => end - 1 - start,
         };
         if n_whole > 0 {
-            let n_pairs = (self.blocks.query * self.blocks.key * n_whole) as u64;
+            let n_pairs = (self.blocks.query * self.blocks.key) as u64 * n_whole as u64;
             self.n_visible += n_pairs;
             self.n_visited += n_pairs;
             self.rows.push(Span::Full {

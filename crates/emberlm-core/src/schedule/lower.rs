@@ -1,6 +1,7 @@
 //! From a pattern to a relation over tables.
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 use super::random_rows::RandomRows;
 use super::relation::{Atom, Documents, Relation, Tables, UNBOUNDED};
@@ -39,7 +40,7 @@ impl<'a> Lowering<'a> {
             .filter(|(_, hidden)| **hidden)
             .map(|(key, _)| key)
             .collect();
-        let shown = self.keys(hidden.clone(), hidden).negated();
+        let shown = self.keys(hidden, None).negated();
         Relation::all([relation, shown])
     }
 
@@ -84,7 +85,7 @@ impl<'a> Lowering<'a> {
             Pattern::Random(random) => self.random(random),
             Pattern::Prefix(n) | Pattern::Sinks(n) => {
                 let keys = positions(0..(*n).min(self.lengths.key_length));
-                self.keys(keys.clone(), keys)
+                self.keys(keys, None)
             }
             Pattern::Documents => self.same_document(batch),
             Pattern::And(patterns) => {
@@ -129,7 +130,7 @@ impl<'a> Lowering<'a> {
                 positions(from..to)
             })
             .collect();
-        self.keys(keys.clone(), keys)
+        self.keys(keys, None)
     }
 
     fn global(&mut self, global: &Global, batch: usize) -> Relation {
@@ -141,53 +142,54 @@ impl<'a> Lowering<'a> {
         } = *self.lengths;
         let query_end = self.lengths.query_end();
         let as_positions = |positions: &[usize]| positions.iter().map(|&p| p as u32).collect();
-        let (own, union): (Vec<u32>, Vec<u32>) = match global {
-            Global::Positions(given) => {
-                let own: Vec<u32> = as_positions(given);
-                (own.clone(), own)
-            }
-            Global::First(n) => {
-                let own = positions(0..(*n).min(key_length.max(query_end)));
-                (own.clone(), own)
-            }
+        let (own, union): (Vec<u32>, Option<Vec<u32>>) = match global {
+            Global::Positions(given) => (as_positions(given), None),
+            Global::First(n) => (positions(0..(*n).min(key_length.max(query_end))), None),
             Global::Batch => {
                 let rows = (0..batch_size).flat_map(|row| self.data.globals(row));
                 let mut union: Vec<u32> = rows.map(|&position| position as u32).collect();
                 union.sort_unstable();
                 union.dedup();
-                (as_positions(self.data.globals(batch)), union)
+                (as_positions(self.data.globals(batch)), Some(union))
             }
         };
-        let within = |set: &[u32], from: usize, to: usize| -> Vec<u32> {
-            let is_within = |position: &u32| (from..to).contains(&(*position as usize));
+        let within = |set: &[u32], range: Range<usize>| -> Vec<u32> {
+            let is_within = |position: &u32| range.contains(&(*position as usize));
             set.iter().copied().filter(is_within).collect()
         };
-        let [queries, all_queries] =
-            [&own, &union].map(|set| within(set, first_position, query_end));
-        let [keys, all_keys] = [&own, &union].map(|set| within(set, 0, key_length));
-        let queries = self.queries(queries, all_queries);
-        Relation::any([queries, self.keys(keys, all_keys)])
+        let own_queries = within(&own, first_position..query_end);
+        let all_queries = union.as_ref();
+        let all_queries = all_queries.map(|union| within(union, first_position..query_end));
+        let own_keys = within(&own, 0..key_length);
+        let all_keys = union.as_ref().map(|union| within(union, 0..key_length));
+        let queries = self.queries(own_queries, all_queries);
+        Relation::any([queries, self.keys(own_keys, all_keys)])
     }
 
-    fn keys(&mut self, set: Vec<u32>, gather: Vec<u32>) -> Relation {
+    /// Keys of a set. To gather them for several batch rows at once takes the union of their sets; nothing if it is
+    /// the same in all.
+    fn keys(&mut self, set: Vec<u32>, union: Option<Vec<u32>>) -> Relation {
         if set.is_empty() {
             return Relation::Never;
         }
         if set.len() == self.lengths.key_length {
             return Relation::Always;
         }
-        let [set, gather] = [set, gather].map(|set| self.set(set));
+        let set = self.set(set);
+        let gather = union.map_or(set, |union| self.set(union));
         Relation::Atom(Atom::Keys { set, gather })
     }
 
-    fn queries(&mut self, set: Vec<u32>, gather: Vec<u32>) -> Relation {
+    /// Queries of a set, as [`keys`](Self::keys).
+    fn queries(&mut self, set: Vec<u32>, union: Option<Vec<u32>>) -> Relation {
         if set.is_empty() {
             return Relation::Never;
         }
         if set.len() == self.lengths.query_length {
             return Relation::Always;
         }
-        let [set, gather] = [set, gather].map(|set| self.set(set));
+        let set = self.set(set);
+        let gather = union.map_or(set, |union| self.set(union));
         Relation::Atom(Atom::Queries { set, gather })
     }
 
@@ -281,6 +283,6 @@ fn bound(n: usize) -> i64 {
     (n as u64).min(UNBOUNDED as u64) as i64
 }
 
-fn positions(range: std::ops::Range<usize>) -> Vec<u32> {
+fn positions(range: Range<usize>) -> Vec<u32> {
     range.map(|position| position as u32).collect()
 }

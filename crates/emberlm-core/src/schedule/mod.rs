@@ -28,6 +28,9 @@ use rectangle::Plane;
 use relation::Relation;
 
 /// The sizes of the blocks that a schedule is made of.
+///
+/// A pattern that has blocks of its own ([`Blockwise`](crate::Blockwise), [`RandomBlocks`](crate::RandomBlocks)) is
+/// visited without waste where these sizes divide them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct BlockSizes {
     /// Queries of a block, from 1 to 4096. Default: 64. A decode step takes 1.
@@ -47,7 +50,10 @@ impl BlockSizes {
     const LIMIT: usize = 4096;
 
     fn validate(&self) -> Result<(), PatternError> {
-        for (field, got) in [("query block", self.query), ("key block", self.key)] {
+        for (field, got) in [
+            ("block_sizes.query", self.query),
+            ("block_sizes.key", self.key),
+        ] {
             if got == 0 {
                 return Err(PatternError::Zero { field });
             }
@@ -69,8 +75,10 @@ impl BlockSizes {
 /// order.
 ///
 /// Within a part each block of queries has a list of [`Span`]s: runs of blocks of keys that are visible whole, and
-/// single blocks with a mask. Memory and time to compile grow with the number of spans and distinct masks, not with the
-/// number of pairs. A query that sees nothing has no spans.
+/// single blocks with a mask. Memory and time to compile grow with the lengths and the number of spans and distinct
+/// masks, not with the number of pairs. Most patterns have a few spans a row. One that is dense but for scattered holes
+/// (`!strided`) has a masked block for every hole, and a schedule that grows with the square of the length. A query that
+/// sees nothing has no spans.
 ///
 /// ```
 /// use emberlm_core::{BatchData, BlockSizes, Lengths, Pattern, Schedule, Span, Window};
@@ -218,7 +226,7 @@ impl Schedule {
         let mut parts = Vec::new();
         for (order, relations) in plan::plan(&relations.values, &lowering.tables, lengths, blocks) {
             let sizes = [blocks.query, blocks.key];
-            let [queries, keys] = Axis::pair(order, &lowering.tables, lengths, sizes);
+            let [queries, keys] = Axis::pair(&order, &lowering.tables, lengths, sizes);
             let mut plane = Plane {
                 tables: &lowering.tables,
                 queries,
@@ -230,16 +238,15 @@ impl Schedule {
                 plane.prepare(relation);
                 layout::lay_out(&plane, relation, blocks, &mut masks)
             });
+            let layouts = layouts.collect();
+            let of_entry = |number: &u32| numbers[*number as usize];
             parts.push(Part {
-                layouts: layouts.collect(),
+                layouts,
                 query_order: plane.queries.order().cloned(),
                 key_order: plane.keys.order().cloned(),
                 query_length: plane.queries.length(),
                 key_length: plane.keys.length(),
-                table: table
-                    .iter()
-                    .map(|&number| numbers[number as usize])
-                    .collect(),
+                table: table.iter().map(of_entry).collect(),
                 table_size,
             });
         }
@@ -321,9 +328,15 @@ fn statistics(lengths: &Lengths, parts: &[Part], masks: &MaskTable) -> Statistic
             n_visited += shared * layout.n_visited();
         }
     }
-    let [queries, keys] = [lengths.query_length, lengths.key_length];
-    // The product was checked to fit.
-    let n_pairs = (queries * keys) as u64 * (batch_size * n_heads) as u64;
+    // The product was checked to fit, but for a zero that comes before factors that do not.
+    let n_pairs = [
+        lengths.query_length,
+        lengths.key_length,
+        batch_size,
+        n_heads,
+    ]
+    .into_iter()
+    .fold(1, |product: u64, size| product.saturating_mul(size as u64));
     Statistics {
         n_visible,
         n_visited,

@@ -5,16 +5,16 @@ use super::relation::{Atom, Relation, Tables};
 use crate::pattern::Lengths;
 
 /// An order of queries and keys.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Order {
     /// As they come.
     Natural,
     /// Both by position modulo this number, then by position: congruent positions are neighbours.
     Residues(u32),
-    /// Only the keys of a set.
-    Keys(usize),
-    /// Only the queries of a set.
-    Queries(usize),
+    /// Only the keys of some disjoint sets, one set after the other.
+    Keys(Vec<usize>),
+    /// Only the queries of some disjoint sets, one set after the other.
+    Queries(Vec<usize>),
 }
 
 /// Beyond this many terms a relation is left whole: multiplying it out costs more than its order saves.
@@ -32,27 +32,26 @@ pub(super) fn plan(
         lengths,
         blocks,
     };
-    let split: Vec<_> = relations.iter().map(|r| planner.split(r)).collect();
     // The natural order comes first: it is the cheapest to visit, and takes pairs that several orders allow.
     let mut orders = vec![Order::Natural];
-    for (order, _) in split.iter().flatten() {
-        if !orders.contains(order) {
-            orders.push(*order);
-        }
-    }
+    let split = relations.iter().map(|relation| {
+        let terms = planner.split(relation).into_iter();
+        let placed = terms.map(|(order, term)| (planner.place(order, &mut orders), term));
+        placed.collect()
+    });
+    let split: Vec<Vec<(usize, Relation)>> = split.collect();
     let mut taken = vec![Vec::new(); relations.len()];
-    let mut parts = Vec::new();
-    for order in orders {
+    let in_order = |(number, order)| {
         let of_order = split.iter().zip(&mut taken).map(|(terms, taken)| {
-            let own = terms.iter().filter(|(other, _)| *other == order);
+            let own = terms.iter().filter(|(other, _)| *other == number);
             let own: Vec<Relation> = own.map(|(_, term)| term.clone()).collect();
             let rest = Relation::any(taken.iter().cloned()).negated();
             taken.extend(own.iter().cloned());
             Relation::all([Relation::any(own), rest])
         });
-        parts.push((order, of_order.collect()));
-    }
-    parts
+        (order, of_order.collect())
+    };
+    orders.into_iter().enumerate().map(in_order).collect()
 }
 
 struct Planner<'a> {
@@ -62,6 +61,41 @@ struct Planner<'a> {
 }
 
 impl Planner<'_> {
+    /// The number of an order among those in use, to which it is added if need be.
+    ///
+    /// Sets that share no position share an order, such as the summary columns of several heads: each head then visits
+    /// the blocks of its own set.
+    fn place(&self, order: Order, orders: &mut Vec<Order>) -> usize {
+        for (number, other) in orders.iter_mut().enumerate() {
+            if *other == order {
+                return number;
+            }
+            let (own, sets) = match (&order, other) {
+                (Order::Keys(own), Order::Keys(sets)) => (own, sets),
+                (Order::Queries(own), Order::Queries(sets)) => (own, sets),
+                _ => continue,
+            };
+            let new = own.iter().filter(|set| !sets.contains(set));
+            let new: Vec<usize> = new.copied().collect();
+            if new.iter().all(|&set| self.is_apart(set, sets)) {
+                sets.extend(new);
+                return number;
+            }
+        }
+        orders.push(order);
+        orders.len() - 1
+    }
+
+    /// Whether a set shares no position with others.
+    fn is_apart(&self, set: usize, others: &[usize]) -> bool {
+        let positions = &self.tables.sets[set];
+        others.iter().all(|&other| {
+            let other = &self.tables.sets[other];
+            let shared = |position: &u32| other.binary_search(position).is_ok();
+            !positions.iter().any(shared)
+        })
+    }
+
     /// The relation as a union of terms, each with its order.
     fn split(&self, relation: &Relation) -> Vec<(Order, Relation)> {
         let Some(terms) = self.terms(relation, true) else {
@@ -132,10 +166,10 @@ impl Planner<'_> {
             Atom::Congruent { modulus } => Some(Order::Residues(modulus)),
             Atom::Keys { gather, .. } => self
                 .is_scattered(gather, 0, self.blocks.key)
-                .then_some(Order::Keys(gather)),
+                .then(|| Order::Keys(vec![gather])),
             Atom::Queries { gather, .. } => self
                 .is_scattered(gather, self.lengths.first_position, self.blocks.query)
-                .then_some(Order::Queries(gather)),
+                .then(|| Order::Queries(vec![gather])),
             _ => None,
         }
     }
@@ -153,11 +187,15 @@ impl Planner<'_> {
     fn n_pairs(&self, order: &Order) -> u64 {
         let [queries, keys] = [self.lengths.query_length, self.lengths.key_length];
         let [queries, keys] = [queries as u64, keys as u64];
-        match *order {
+        let size = |sets: &[usize]| -> u64 {
+            let sets = sets.iter().map(|&set| self.tables.sets[set].len() as u64);
+            sets.sum()
+        };
+        match order {
             Order::Natural => queries * keys,
-            Order::Residues(modulus) => queries * keys / u64::from(modulus),
-            Order::Keys(set) => queries * self.tables.sets[set].len() as u64,
-            Order::Queries(set) => self.tables.sets[set].len() as u64 * keys,
+            Order::Residues(modulus) => queries * keys / u64::from(*modulus),
+            Order::Keys(sets) => queries * size(sets),
+            Order::Queries(sets) => size(sets) * keys,
         }
     }
 }

@@ -74,8 +74,8 @@ impl Plane<'_> {
     }
 
     fn atom_holds(&self, atom: Atom, query_block: usize, level: usize, index: usize) -> Holds {
-        let query = self.queries.extents.at(0, query_block);
-        let key = self.keys.extents.at(level, index);
+        let query = self.queries.extent(0, query_block);
+        let key = self.keys.extent(level, index);
         let [first_query, last_query] = query.positions.map(i64::from);
         let [first_key, last_key] = key.positions.map(i64::from);
         match atom {

@@ -29,12 +29,12 @@ impl Statistics {
     /// Floating-point operations of a forward pass over the visible pairs with heads of width `d_head`: `4 d_head` a
     /// pair, half of them for scores and half for values.
     pub fn forward_flops(&self, d_head: usize) -> u64 {
-        4 * d_head as u64 * self.n_visible
+        self.n_visible.saturating_mul(4 * d_head as u64)
     }
 
     /// Floating-point operations of a backward pass over the visible pairs: `10 d_head` a pair, for the five products
     /// that recompute the scores and make the gradients of query, key, value and probabilities.
     pub fn backward_flops(&self, d_head: usize) -> u64 {
-        10 * d_head as u64 * self.n_visible
+        self.n_visible.saturating_mul(10 * d_head as u64)
     }
 }

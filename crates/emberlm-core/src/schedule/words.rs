@@ -217,7 +217,7 @@ enum KeyOrder {
 
 impl KeyBlock {
     fn new(axis: &Axis, block: usize) -> Self {
-        let extent = axis.extents.at(0, block).positions.map(i64::from);
+        let extent = axis.extent(0, block).positions.map(i64::from);
         let range = axis.range(block);
         if axis.order().is_none() {
             let order = KeyOrder::Natural(range.len());
