@@ -24,7 +24,6 @@ mod random;
 mod sampling;
 mod schedule;
 mod text_stream;
-mod visibility;
 
 pub use activation::Activation;
 pub use block::{NormPlacement, ResidualBlock, ResidualBlockConfig};
@@ -51,4 +50,3 @@ pub use random::RandomKey;
 pub use sampling::{InvalidSampling, SampleError, Sampler, SamplingConfig};
 pub use schedule::{BlockRows, BlockSizes, Layout, MaskTable, Part, Schedule, Span, Statistics};
 pub use text_stream::{InvalidStopStrings, StopStrings, Utf8Stream};
-pub use visibility::{KeyPadding, Visibility};
