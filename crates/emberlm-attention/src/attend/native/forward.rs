@@ -7,7 +7,7 @@
 
 use emberlm_core::{Layout, Part};
 use emberlm_kernels::{
-    Real, Shared, Stored, lanes,
+    Real, Shared, Stored,
     tile::{self, Left, Rows},
 };
 use pulp::{Arch, Simd, WithSimd};
@@ -16,8 +16,10 @@ use rayon::prelude::*;
 use super::{
     BLOCK,
     blocks::{Block, blocks},
+    few,
     problem::{Problem, Sizes, pack_columns, pack_rows, padded, positions},
     scores::{Head, Row},
+    sums::{Results, SharedSums, Sums},
 };
 
 /// Key blocks whose scores are held at once: enough to spread the work a row of scores costs besides its elements.
@@ -37,19 +39,21 @@ pub(super) fn forward<E: Stored>(problem: &Problem<'_, E>) -> Forward<E> {
     let n_rows = sizes.batch_size * sizes.n_heads * sizes.query_length;
     let mut output = vec![E::from_real(E::Real::default()); n_rows * problem.d_output()];
     let mut log_sum_exp = vec![E::Real::NEG_INFINITY; n_rows];
-    let result = Result {
+    let results = Results {
         d_output: problem.d_output(),
         output: Shared::new(&mut output),
         log_sum_exp: Shared::new(&mut log_sum_exp),
     };
     let parts = problem.schedule.parts();
-    if let [part] = parts
+    if few::takes(problem) {
+        few::run(problem, &results);
+    } else if let [part] = parts
         && part.query_order().is_none()
     {
         // The usual case: what a tile holds goes straight to the output.
         run_part(problem, part, None, |tile, task| {
             for i in 0..task.rows.len() {
-                result.finish(&sizes, task.head_row(&sizes, i), tile.row(i));
+                results.finish(&sizes, task.head_row(&sizes, i), tile.row(i));
             }
         });
     } else {
@@ -72,142 +76,11 @@ pub(super) fn forward<E: Stored>(problem: &Problem<'_, E>) -> Forward<E> {
                 }
             });
         }
-        (0..n_rows).for_each(|row| result.finish(&sizes, row, state.row(row)));
+        (0..n_rows).for_each(|row| results.finish(&sizes, row, state.row(row)));
     }
     Forward {
         output,
         log_sum_exp,
-    }
-}
-
-/// Of some queries, the largest score, the total of the weights and the weighted sum of the values.
-struct Sums<R> {
-    width: usize,
-    maxima: Vec<R>,
-    totals: Vec<R>,
-    values: Vec<R>,
-}
-
-/// The same of one query.
-struct RowSums<'a, R> {
-    maximum: R,
-    total: R,
-    values: &'a [R],
-}
-
-struct RowSumsMut<'a, R> {
-    maximum: &'a mut R,
-    total: &'a mut R,
-    values: &'a mut [R],
-}
-
-struct SharedSums<'a, R> {
-    width: usize,
-    maxima: Shared<'a, R>,
-    totals: Shared<'a, R>,
-    values: Shared<'a, R>,
-}
-
-impl<R: Real> Sums<R> {
-    fn new(n_rows: usize, width: usize) -> Self {
-        Self {
-            width,
-            maxima: vec![R::NEG_INFINITY; n_rows],
-            totals: vec![R::default(); n_rows],
-            values: vec![R::default(); n_rows * width],
-        }
-    }
-
-    fn row(&self, i: usize) -> RowSums<'_, R> {
-        RowSums {
-            maximum: self.maxima[i],
-            total: self.totals[i],
-            values: &self.values[i * self.width..(i + 1) * self.width],
-        }
-    }
-
-    fn row_mut(&mut self, i: usize) -> RowSumsMut<'_, R> {
-        RowSumsMut {
-            maximum: &mut self.maxima[i],
-            total: &mut self.totals[i],
-            values: &mut self.values[i * self.width..(i + 1) * self.width],
-        }
-    }
-
-    fn share(&mut self) -> SharedSums<'_, R> {
-        SharedSums {
-            width: self.width,
-            maxima: Shared::new(&mut self.maxima),
-            totals: Shared::new(&mut self.totals),
-            values: Shared::new(&mut self.values),
-        }
-    }
-}
-
-impl<'a, R: Real> SharedSums<'a, R> {
-    /// # Safety
-    ///
-    /// Nobody else has this row.
-    unsafe fn row(&self, i: usize) -> RowSumsMut<'a, R> {
-        // Safety: the caller's.
-        unsafe {
-            RowSumsMut {
-                maximum: &mut self.maxima.part(i, 1)[0],
-                total: &mut self.totals.part(i, 1)[0],
-                values: self.values.part(i * self.width, self.width),
-            }
-        }
-    }
-}
-
-impl<R: Real> RowSumsMut<'_, R> {
-    fn copy_from(self, from: RowSums<'_, R>) {
-        *self.maximum = from.maximum;
-        *self.total = from.total;
-        self.values.copy_from_slice(from.values);
-    }
-
-    fn as_ref(&self) -> RowSums<'_, R> {
-        RowSums {
-            maximum: *self.maximum,
-            total: *self.total,
-            values: self.values,
-        }
-    }
-}
-
-struct Result<'a, E: Stored> {
-    d_output: usize,
-    output: Shared<'a, E>,
-    log_sum_exp: Shared<'a, E::Real>,
-}
-
-impl<E: Stored> Result<'_, E> {
-    /// Writes the output and the log-sum-exp of a row of `[batch_size, n_heads, query_length]`.
-    fn finish(&self, sizes: &Sizes, row: usize, sums: RowSums<'_, E::Real>) {
-        // A query without keys: zeros, and the negative infinity that is there.
-        let empty = sums.total == E::Real::default();
-        let log_sum_exp = match empty {
-            true => E::Real::NEG_INFINITY,
-            false => sums.maximum + sums.total.ln(),
-        };
-        let (head_row, query) = (row / sizes.query_length, row % sizes.query_length);
-        let (batch, head) = (head_row / sizes.n_heads, head_row % sizes.n_heads);
-        let at = (batch * sizes.query_length + query) * sizes.n_heads + head;
-        // Safety: each row is finished once.
-        unsafe {
-            let output = self.output.part(at * self.d_output, self.d_output);
-            let (output, more) = output.split_at_mut(sizes.d_value);
-            if !empty {
-                for (output, value) in output.iter_mut().zip(sums.values) {
-                    *output = E::from_real(*value / sums.total);
-                }
-            }
-            if let [column] = more {
-                *column = E::from_real(log_sum_exp);
-            }
-            self.log_sum_exp.part(row, 1)[0] = log_sum_exp;
-        }
     }
 }
 
@@ -403,7 +276,8 @@ impl<E: Stored> Tile<'_, '_, E> {
                     let place = self.place(i, block, visible);
                     head.apply(simd, &place, row.add(b * BLOCK), None);
                 }
-                self.take_row(simd, i, row, chunk.len() * BLOCK);
+                let sums = self.scratch.sums.row_mut(i);
+                sums.take(simd, row, chunk.len() * BLOCK);
                 if head.dropout.is_some() {
                     for (b, block) in chunk.iter().enumerate() {
                         let place = self.place(i, block, None);
@@ -428,55 +302,6 @@ impl<E: Stored> Tile<'_, '_, E> {
             first_key,
             key_order: self.key_order,
             visible,
-        }
-    }
-
-    /// Turns the `n` scores of a row into weights, and brings its sums to the new maximum.
-    #[inline(always)]
-    unsafe fn take_row<S: Simd>(&mut self, simd: S, i: usize, scores: *mut E::Real, n: usize) {
-        let lanes = lanes::<E::Real, S>();
-        let sums = self.scratch.sums.row_mut(i);
-        // Safety: `n` scores are there, and `n` and the width of the values are multiples of the lanes.
-        unsafe {
-            let mut largest = E::Real::splat(simd, E::Real::NEG_INFINITY);
-            for j in (0..n).step_by(lanes) {
-                largest = E::Real::vmax(simd, largest, E::Real::load(simd, scores.add(j)));
-            }
-            let largest = E::Real::reduce_max(simd, largest);
-            let old = *sums.maximum;
-            let new = if largest > old { largest } else { old };
-            let mut shift = new;
-            if new == E::Real::NEG_INFINITY {
-                let scores = std::slice::from_raw_parts_mut(scores, n);
-                if scores.iter().all(|score| *score == E::Real::NEG_INFINITY) {
-                    // Nothing is visible so far.
-                    scores.fill(E::Real::default());
-                    return;
-                }
-                // A maximum may overlook NaN, the weights must not.
-                shift = E::Real::default();
-            }
-            let shift = E::Real::splat(simd, shift);
-            let mut total = E::Real::splat(simd, E::Real::default());
-            for j in (0..n).step_by(lanes) {
-                let x = E::Real::vsub(simd, E::Real::load(simd, scores.add(j)), shift);
-                let weight = E::Real::vexp(simd, x);
-                E::Real::store(simd, scores.add(j), weight);
-                total = E::Real::vadd(simd, total, weight);
-            }
-            let total = E::Real::reduce_sum(simd, total);
-            if new > old && *sums.total != E::Real::default() {
-                let factor = (old - new).exp();
-                *sums.total = *sums.total * factor;
-                let vector = E::Real::splat(simd, factor);
-                let values = sums.values.as_mut_ptr();
-                for j in (0..sums.values.len()).step_by(lanes) {
-                    let x = E::Real::load(simd, values.add(j));
-                    E::Real::store(simd, values.add(j), E::Real::vmul(simd, x, vector));
-                }
-            }
-            *sums.maximum = new;
-            *sums.total += total;
         }
     }
 

@@ -8,10 +8,12 @@
 
 mod backward;
 mod blocks;
+mod few;
 mod forward;
 mod operator;
 mod problem;
 mod scores;
+mod sums;
 
 use std::sync::Arc;
 
