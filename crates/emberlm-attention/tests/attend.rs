@@ -11,6 +11,7 @@ use emberlm_core::{
     Strided, Window,
 };
 use emberlm_testkit::{assert_close, device, largest_difference, random};
+use proptest::prelude::*;
 
 /// One attention: sizes, pattern, options.
 #[derive(Debug, Clone)]
@@ -118,7 +119,13 @@ impl Case {
             .into_iter()
             .flatten()
         {
-            results.push(tensor.grad(&gradients).unwrap().into_data());
+            // Without any visible pair there may be no gradient, which is one of zeros.
+            let gradient = tensor.grad(&gradients);
+            results.push(
+                gradient
+                    .unwrap_or_else(|| tensor.zeros_like().inner())
+                    .into_data(),
+            );
         }
         results.extend(sinks.map(|sinks| sinks.grad(&gradients).unwrap().into_data()));
         results
@@ -286,6 +293,94 @@ fn queries_after_the_first_key() {
             case.alibi = true;
             case.check();
         }
+    }
+}
+
+/// Expressions of the words of a command line, up to three deep.
+fn any_pattern() -> impl Strategy<Value = Pattern> {
+    const WORDS: &[&str] = &[
+        "full",
+        "causal",
+        "window:7",
+        "window:40:3",
+        "dilated:4:5",
+        "strided:9",
+        "strided-column:6",
+        "fixed:12:2",
+        "blockwise:20",
+        "global:0",
+        "random:16:1:3",
+        "prefix:9",
+        "sinks:2",
+        "documents",
+    ];
+    let word = proptest::sample::select(WORDS).prop_map(|word| word.parse().unwrap());
+    word.prop_recursive(3, 8, 2, |inner| {
+        prop_oneof![
+            (inner.clone(), inner.clone()).prop_map(|(a, b): (Pattern, Pattern)| a & b),
+            (inner.clone(), inner.clone()).prop_map(|(a, b): (Pattern, Pattern)| a | b),
+            inner.prop_map(|a: Pattern| !a),
+        ]
+    })
+}
+
+prop_compose! {
+    /// Any combination of everything. The number of cases is proptest's: `PROPTEST_CASES` in the environment.
+    fn any_case()(
+        pattern in any_pattern(),
+        length in 1..150_usize,
+        first_position in 0..40_usize,
+        batch_size in 1..3_usize,
+        (n_heads, n_kv_heads) in proptest::sample::select(vec![(1, 1), (2, 1), (4, 2), (3, 3)]),
+        d_head in proptest::sample::select(vec![1, 8, 17, 64]),
+        d_value in proptest::sample::select(vec![1, 8, 33]),
+        cap in prop_oneof![Just(ScoreCap::None), Just(ScoreCap::Tanh(1.5))],
+        alibi in any::<bool>(),
+        bias in any::<Option<(bool, bool)>>(),
+        sinks in any::<bool>(),
+        dropout in prop_oneof![Just(0.0), Just(0.4)],
+    ) -> Case {
+        let key_length = length + first_position;
+        let mut case = Case::new(pattern, length);
+        case.data = documents_and_padding(key_length, batch_size);
+        case.key_length = key_length;
+        case.first_position = first_position;
+        case.batch_size = batch_size;
+        case.n_heads = n_heads;
+        case.n_kv_heads = n_kv_heads;
+        case.d_head = d_head;
+        case.d_value = d_value;
+        case.cap = cap;
+        case.alibi = alibi;
+        case.bias = bias.map(|(batch, heads)| {
+            [if batch { batch_size } else { 1 }, if heads { n_heads } else { 1 }]
+        });
+        case.sinks = sinks;
+        case.dropout = dropout;
+        case
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig {
+        cases: ProptestConfig::default().cases / 4,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
+
+    #[test]
+    fn any_combination(case in any_case()) {
+        case.check();
+    }
+}
+
+#[test]
+fn long_sequences_and_wide_heads() {
+    for (d_head, d_value, length) in [(80, 80, 1000), (256, 8, 300), (8, 256, 300)] {
+        let mut case = Case::new(Pattern::causal(), length);
+        [case.n_heads, case.n_kv_heads] = [2, 1];
+        [case.d_head, case.d_value] = [d_head, d_value];
+        case.check();
     }
 }
 

@@ -1,3 +1,8 @@
+#![cfg_attr(
+    feature = "ndarray",
+    allow(deprecated, reason = "ndarray is served as long as Burn has it")
+)]
+
 use std::marker::PhantomData;
 
 use burn::{

@@ -16,7 +16,7 @@ mod sums;
 #[cfg(any(feature = "flex", feature = "ndarray"))]
 mod native;
 
-use std::sync::Arc;
+use std::sync::{Arc, Once};
 
 use burn::tensor::{Bool, Device, Tensor, TensorData};
 use emberlm_core::{BlockSizes, Schedule, Span};
@@ -103,6 +103,15 @@ pub fn attend(
     options: &AttendOptions,
 ) -> Tensor<4> {
     let implementation = Implementation::of(&query.device());
+    if implementation == Implementation::Portable {
+        static SAID: Once = Once::new();
+        SAID.call_once(|| {
+            log::info!(
+                "attention on {:?}: no fused kernels for this device, tensor operations on blocks instead",
+                query.device()
+            );
+        });
+    }
     attend_by(implementation, query, key, value, schedule, options)
 }
 

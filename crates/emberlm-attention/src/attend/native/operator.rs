@@ -1,5 +1,10 @@
 //! The operator as Burn sees it: routed to the CPU backends, with its own step of autodiff.
 
+#![cfg_attr(
+    feature = "ndarray",
+    allow(deprecated, reason = "ndarray is served as long as Burn has it")
+)]
+
 use std::{any::Any, sync::Arc};
 
 use burn::{
