@@ -116,7 +116,7 @@ fn run(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
     let schedule = Schedule::compile(&pattern, &lengths, &BlockSizes::default(), &data)?;
     let schedule_ms = begin.elapsed().as_secs_f64() * 1e3;
     let schedule = Arc::new(schedule);
-    let statistics = schedule.statistics().clone();
+    let statistics = *schedule.statistics();
 
     let implementation = match args.implementation {
         None => Implementation::of(&device),
