@@ -449,3 +449,18 @@ fn a_plot_that_cannot_be_drawn() {
     );
     place.refuses("compare", &["run", "missing"], &["missing is not a folder"]);
 }
+
+#[test]
+fn patterns_that_are_none() {
+    let place = Place::new();
+    for (args, mentions) in [
+        (["windwo:4", "--seq", "8"], ["\"windwo:4\" is no pattern"]),
+        (["strided:0", "--seq", "8"], ["strided:0"]),
+        (["global:9", "--seq", "8"], ["global"]),
+        (["documents", "--seq", "8"], ["documents"]),
+        (["causal", "--seq", "0"], ["--seq 0"]),
+        (["causal", "--head", "1"], ["--head 1"]),
+    ] {
+        place.refuses("pattern", &args, &mentions);
+    }
+}

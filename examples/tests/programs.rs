@@ -336,3 +336,27 @@ fn runs_are_compared() {
     let png = fs::read(place.path("compare.png")).expect("it was drawn");
     assert!(png.starts_with(b"\x89PNG"));
 }
+
+#[test]
+fn a_pattern_is_shown() {
+    let place = Place::new();
+    let shown = place.succeeds("pattern", &["causal & (window:1 | sinks:1)", "--seq", "4"]);
+    assert_eq!(
+        shown.stdout,
+        "#...\n##..\n###.\n#.##\ncausal & (window:1 | sinks:1): 9 visible pairs, 56.2 % of all; blocks of 64 visit 16 pairs in 1 part\n"
+    );
+    let files = [
+        "bigbird:8:1",
+        "--seq",
+        "64",
+        "--svg",
+        "p.svg",
+        "--png",
+        "p.png",
+    ];
+    place.succeeds("pattern", &files);
+    let svg = fs::read_to_string(place.path("p.svg")).expect("the drawing");
+    assert!(svg.starts_with("<svg") && svg.contains("<path"));
+    let png = fs::read(place.path("p.png")).expect("the picture");
+    assert!(png.starts_with(b"\x89PNG") && png.len() > 500);
+}

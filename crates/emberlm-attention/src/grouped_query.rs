@@ -6,11 +6,13 @@ use burn::{
     nn::{Linear, LinearConfig},
     tensor::{Device, Tensor},
 };
-use emberlm_core::{Context, InvalidConfig, KvCache, RotaryConfig, SequenceMixer, assert_valid};
+use emberlm_core::{
+    Context, InvalidConfig, KvCache, Pattern, RotaryConfig, SequenceMixer, assert_valid,
+};
 
 use crate::{
     ScoreCap,
-    heads::{attend, split_heads},
+    heads::{Scores, split_heads},
 };
 
 /// Configuration of [`GroupedQueryAttention`].
@@ -36,6 +38,9 @@ pub struct GroupedQueryAttentionConfig {
     /// Bound on the scores. Default: none.
     #[config(default = "ScoreCap::None")]
     pub cap: ScoreCap,
+    /// Which keys a query sees. Default: all.
+    #[config(default = "Pattern::full()")]
+    pub pattern: Pattern,
 }
 
 impl GroupedQueryAttentionConfig {
@@ -53,8 +58,8 @@ impl GroupedQueryAttentionConfig {
     ///
     /// # Errors
     ///
-    /// A zero, heads that do not divide evenly, a rotary width other than the head's, or a dropout rate outside
-    /// `[0, 1)`.
+    /// A zero, heads that do not divide evenly, a rotary width other than the head's, an impossible
+    /// pattern, or a dropout rate outside `[0, 1)`.
     pub fn validate(&self) -> Result<(), InvalidConfig> {
         let Self {
             d_model, n_heads, ..
@@ -85,7 +90,7 @@ impl GroupedQueryAttentionConfig {
                 });
             }
         }
-        InvalidConfig::require_rate("dropout", self.dropout)
+        self.scores().validate()
     }
 
     /// Makes the module.
@@ -110,6 +115,13 @@ impl GroupedQueryAttentionConfig {
             n_heads: self.n_heads,
             n_kv_heads: self.kv_heads(),
             rotary: self.rotary.clone(),
+            scores: self.scores(),
+        }
+    }
+
+    fn scores(&self) -> Scores {
+        Scores {
+            pattern: self.pattern.clone(),
             dropout: self.dropout,
             cap: self.cap,
         }
@@ -125,14 +137,15 @@ impl GroupedQueryAttentionConfig {
 /// ```
 /// use burn::tensor::{Device, Tensor};
 /// use emberlm_attention::GroupedQueryAttentionConfig;
-/// use emberlm_core::{Context, RotaryConfig, SequenceMixer, Visibility};
+/// use emberlm_core::{Context, Lengths, Pattern, RotaryConfig, SequenceMixer};
 ///
 /// let device = Device::flex();
 /// let attention = GroupedQueryAttentionConfig::new(16, 4)
 ///     .with_n_kv_heads(Some(2))
 ///     .with_rotary(Some(RotaryConfig::new(4)))
+///     .with_pattern(Pattern::causal())
 ///     .init(&device);
-/// let context = Context::new(Visibility::causal(5, 0, &device));
+/// let context = Context::new(Lengths::square(5));
 /// let y = attention.forward(Tensor::ones([1, 5, 16], &device), &context);
 /// assert_eq!(y.dims(), [1, 5, 16]);
 /// ```
@@ -150,9 +163,8 @@ pub struct GroupedQueryAttention {
     n_kv_heads: usize,
     #[module(skip)]
     rotary: Option<RotaryConfig>,
-    dropout: f64,
     #[module(skip)]
-    cap: ScoreCap,
+    scores: Scores,
 }
 
 impl GroupedQueryAttention {
@@ -165,7 +177,7 @@ impl GroupedQueryAttention {
 
     fn rotate(&self, x: Tensor<4>, context: &Context) -> Tensor<4> {
         match &self.rotary {
-            Some(rotary) => rotary.forward(x, context.first_position),
+            Some(rotary) => rotary.forward(x, context.lengths.first_position),
             None => x,
         }
     }
@@ -180,7 +192,7 @@ impl GroupedQueryAttention {
         let query = split_heads(self.query.forward(x), self.n_heads);
         let query = self.rotate(query, context);
         let heads = [query, key, value];
-        attend(heads, &self.output, context, self.dropout, self.cap)
+        self.scores.attend(heads, &self.output, context)
     }
 }
 

@@ -1,26 +1,53 @@
 //! What the attention modules share: splitting a width into heads, attending, and joining the heads again.
 
 use burn::{nn::Linear, tensor::Tensor};
-use emberlm_core::Context;
+use emberlm_core::{Context, InvalidConfig, Pattern};
 
-use crate::{ScoreCap, ScoreOptions, scaled_dot_product};
+use crate::{AttendOptions, ScoreCap, attend};
 
-/// Attends with every head and projects the joined heads.
-pub(crate) fn attend(
-    [query, key, value]: [Tensor<4>; 3],
-    output: &Linear,
-    context: &Context,
-    dropout: f64,
-    cap: ScoreCap,
-) -> Tensor<3> {
-    let options = ScoreOptions {
-        scale: None,
-        cap,
-        dropout,
-        dropout_key: context.dropout_key,
-    };
-    let heads = scaled_dot_product(query, key, value, &context.visibility, &options);
-    output.forward(merge_heads(heads))
+/// What a module's config says of its scores.
+#[derive(Debug, Clone)]
+pub(crate) struct Scores {
+    pub(crate) pattern: Pattern,
+    pub(crate) dropout: f64,
+    pub(crate) cap: ScoreCap,
+}
+
+impl Scores {
+    pub(crate) fn validate(&self) -> Result<(), InvalidConfig> {
+        self.pattern
+            .validate()
+            .map_err(|source| InvalidConfig::Pattern {
+                field: "pattern",
+                source,
+            })?;
+        InvalidConfig::require_rate("dropout", self.dropout)
+    }
+
+    /// Attends with every head and projects the joined heads.
+    ///
+    /// # Panics
+    ///
+    /// If the pattern does not fit the lengths.
+    pub(crate) fn attend(
+        &self,
+        [query, key, value]: [Tensor<4>; 3],
+        output: &Linear,
+        context: &Context,
+    ) -> Tensor<3> {
+        let [_, n_heads, ..] = query.dims();
+        let schedule = match context.schedule(&self.pattern, n_heads) {
+            Ok(schedule) => schedule,
+            Err(error) => panic!("pattern: {error}"),
+        };
+        let options = AttendOptions {
+            cap: self.cap,
+            dropout: self.dropout,
+            dropout_key: context.dropout_key,
+            ..AttendOptions::default()
+        };
+        output.forward(merge_heads(attend(query, key, value, &schedule, &options)))
+    }
 }
 
 /// `[batch_size, seq_length, n_heads * d_head]` to `[batch_size, n_heads, seq_length, d_head]`.

@@ -6,11 +6,11 @@ use burn::{
     nn::{Linear, LinearConfig},
     tensor::{Device, Tensor},
 };
-use emberlm_core::{Context, InvalidConfig, KvCache, SequenceMixer, assert_valid};
+use emberlm_core::{Context, InvalidConfig, KvCache, Pattern, SequenceMixer, assert_valid};
 
 use crate::{
     ScoreCap,
-    heads::{attend, split_heads},
+    heads::{Scores, split_heads},
 };
 
 /// Configuration of [`MultiHeadAttention`].
@@ -31,6 +31,9 @@ pub struct MultiHeadAttentionConfig {
     /// Bound on the scores. Default: none.
     #[config(default = "ScoreCap::None")]
     pub cap: ScoreCap,
+    /// Which keys a query sees. Default: all.
+    #[config(default = "Pattern::full()")]
+    pub pattern: Pattern,
 }
 
 impl MultiHeadAttentionConfig {
@@ -38,7 +41,7 @@ impl MultiHeadAttentionConfig {
     ///
     /// # Errors
     ///
-    /// A zero, heads that do not divide the width, or a dropout rate outside `[0, 1)`.
+    /// A zero, heads that do not divide the width, an impossible pattern, or a dropout rate outside `[0, 1)`.
     pub fn validate(&self) -> Result<(), InvalidConfig> {
         let Self {
             d_model, n_heads, ..
@@ -51,7 +54,7 @@ impl MultiHeadAttentionConfig {
         if !d_model.is_multiple_of(n_heads) {
             return Err(InvalidConfig::HeadWidth { d_model, n_heads });
         }
-        InvalidConfig::require_rate("dropout", self.dropout)
+        self.scores().validate()
     }
 
     /// Makes the module.
@@ -73,6 +76,13 @@ impl MultiHeadAttentionConfig {
             value: linear(d_source),
             output: linear(self.d_model),
             n_heads: self.n_heads,
+            scores: self.scores(),
+        }
+    }
+
+    fn scores(&self) -> Scores {
+        Scores {
+            pattern: self.pattern.clone(),
             dropout: self.dropout,
             cap: self.cap,
         }
@@ -87,11 +97,13 @@ impl MultiHeadAttentionConfig {
 /// ```
 /// use burn::tensor::{Device, Tensor};
 /// use emberlm_attention::MultiHeadAttentionConfig;
-/// use emberlm_core::{Context, SequenceMixer, Visibility};
+/// use emberlm_core::{Context, Lengths, Pattern, SequenceMixer};
 ///
 /// let device = Device::flex();
-/// let attention = MultiHeadAttentionConfig::new(8, 2).init(&device);
-/// let context = Context::new(Visibility::causal(5, 0, &device));
+/// let attention = MultiHeadAttentionConfig::new(8, 2)
+///     .with_pattern(Pattern::causal())
+///     .init(&device);
+/// let context = Context::new(Lengths::square(5));
 /// let y = attention.forward(Tensor::ones([1, 5, 8], &device), &context);
 /// assert_eq!(y.dims(), [1, 5, 8]);
 /// ```
@@ -106,9 +118,8 @@ pub struct MultiHeadAttention {
     /// `[d_model, d_model]`
     pub output: Linear,
     n_heads: usize,
-    dropout: f64,
     #[module(skip)]
-    cap: ScoreCap,
+    scores: Scores,
 }
 
 /// Keys and values of a source sequence, projected once for all decoding steps.
@@ -161,7 +172,7 @@ impl MultiHeadAttention {
     ) -> Tensor<3> {
         let query = split_heads(self.query.forward(x), self.n_heads);
         let heads = [query, key, value];
-        attend(heads, &self.output, context, self.dropout, self.cap)
+        self.scores.attend(heads, &self.output, context)
     }
 }
 

@@ -1,16 +1,18 @@
 //! The attention modules against the formula, and the laws they keep.
 
+use std::sync::Arc;
+
 use burn::{
     module::Module,
-    tensor::{Bool, DType, Device, Tensor, TensorData},
+    tensor::{DType, Device, Tensor, TensorData},
 };
 use emberlm_attention::{
-    GroupedQueryAttention, GroupedQueryAttentionConfig, MultiHeadAttention,
-    MultiHeadAttentionConfig, ScoreCap, ScoreOptions, scaled_dot_product,
+    AttendOptions, GroupedQueryAttention, GroupedQueryAttentionConfig, Implementation,
+    MultiHeadAttention, MultiHeadAttentionConfig, ScoreCap, attend_by,
 };
 use emberlm_core::{
-    Context, InvalidConfig, KeyPadding, RandomKey, RotaryConfig, RotaryLayout, SequenceMixer,
-    Visibility,
+    BatchData, BlockSizes, Context, InvalidConfig, Lengths, Pattern, RandomKey, RotaryConfig,
+    RotaryLayout, Schedule, SequenceMixer,
 };
 use emberlm_testkit::{
     assert_close, assert_gradients_match, device, laws, load_parameters, parameters_by_name,
@@ -78,37 +80,48 @@ fn inputs(
     ]
 }
 
-fn attend(
-    [q, k, v]: &[Tensor<4>; 3],
-    visibility: &Visibility,
-    options: &ScoreOptions,
-) -> Tensor<4> {
-    scaled_dot_product(q.clone(), k.clone(), v.clone(), visibility, options)
+const IMPLEMENTATIONS: [Implementation; 3] = [
+    Implementation::Reference,
+    Implementation::Portable,
+    Implementation::Native,
+];
+
+fn schedule(pattern: &Pattern, lengths: Lengths, data: &BatchData) -> Arc<Schedule> {
+    let lengths = lengths.with_batch_size(BATCH);
+    Arc::new(Schedule::compile(pattern, &lengths, &BlockSizes::default(), data).unwrap())
+}
+
+/// Asserts that every implementation gives what the formula gives.
+fn assert_is_formula(
+    inputs: &[Tensor<4>; 3],
+    schedule: &Arc<Schedule>,
+    options: &AttendOptions,
+    visible: impl Fn(usize, usize, usize) -> bool,
+    cap: impl Fn(f64) -> f64,
+) {
+    let [q, k, v] = inputs;
+    let expected = definition([q, k, v], visible, cap);
+    for implementation in IMPLEMENTATIONS {
+        let [q, k, v] = inputs.clone();
+        let output = attend_by(implementation, q, k, v, schedule, options);
+        assert_close(output, expected.clone(), 1e-12);
+    }
 }
 
 #[test]
 fn is_its_formula_for_any_lengths_and_groups() {
     let device = device();
+    let options = AttendOptions::default();
     for (n_heads, n_kv_heads) in [(3, 3), (6, 2), (4, 1)] {
-        for (query_length, first) in [(1, 0), (7, 0), (1, 6), (3, 4), (33, 32)] {
+        for (query_length, first) in [(1, 0), (7, 0), (1, 6), (3, 4), (33, 32), (70, 0)] {
             let key_length = first + query_length;
             let inputs = inputs(n_heads, n_kv_heads, query_length, key_length, &device);
-            let [q, k, v] = &inputs;
-            let options = ScoreOptions::default();
-            assert_close(
-                attend(&inputs, &Visibility::full(), &options),
-                definition([q, k, v], |_, _, _| true, |s| s),
-                1e-12,
-            );
-            assert_close(
-                attend(
-                    &inputs,
-                    &Visibility::causal(query_length, first, &device),
-                    &options,
-                ),
-                definition([q, k, v], |_, i, j| j <= first + i, |s| s),
-                1e-12,
-            );
+            let lengths = Lengths::new(query_length, key_length).with_first_position(first);
+            let compile = |pattern| schedule(&pattern, lengths, &BatchData::new());
+            let full = compile(Pattern::full());
+            assert_is_formula(&inputs, &full, &options, |_, _, _| true, |s| s);
+            let causal = compile(Pattern::causal());
+            assert_is_formula(&inputs, &causal, &options, |_, i, j| j <= first + i, |s| s);
         }
     }
 }
@@ -116,91 +129,95 @@ fn is_its_formula_for_any_lengths_and_groups() {
 #[test]
 fn caps_the_scores() {
     let inputs = inputs(2, 2, 4, 4, &device());
-    let [q, k, v] = &inputs;
-    let options = ScoreOptions {
+    let options = AttendOptions {
         cap: ScoreCap::Tanh(0.7),
-        ..ScoreOptions::default()
+        ..AttendOptions::default()
     };
-    assert_close(
-        attend(&inputs, &Visibility::full(), &options),
-        definition([q, k, v], |_, _, _| true, |s| 0.7 * (s / 0.7).tanh()),
-        1e-12,
-    );
+    let full = schedule(&Pattern::full(), Lengths::square(4), &BatchData::new());
+    let cap = |s: f64| 0.7 * (s / 0.7).tanh();
+    assert_is_formula(&inputs, &full, &options, |_, _, _| true, cap);
 }
 
 /// Padding that leaves the first query of the second sequence without any key.
-fn with_an_empty_row(device: &Device) -> (Visibility, [[bool; 3]; 2]) {
-    let padding = [[false, true, false], [true, false, true]];
-    let hidden = Tensor::<2, Bool>::from_data(padding, device);
-    let visibility = Visibility::causal(3, 0, device).and_padding(&KeyPadding::hidden(hidden));
-    (visibility, padding)
+const PADDING: [[bool; 3]; 2] = [[false, true, false], [true, false, true]];
+
+fn with_an_empty_row() -> Arc<Schedule> {
+    let data = BatchData::new().with_hidden_keys(PADDING.map(Vec::from).to_vec());
+    schedule(&Pattern::causal(), Lengths::square(3), &data)
 }
 
 #[test]
 fn a_query_without_keys_gets_zeros_and_no_gradient() {
-    let device = device();
-    let inputs = inputs(2, 1, 3, 3, &device);
-    let [q, k, v] = &inputs;
-    let (visibility, padding) = with_an_empty_row(&device);
-    let options = ScoreOptions::default();
-    assert_close(
-        attend(&inputs, &visibility, &options),
-        definition([q, k, v], |b, i, j| j <= i && !padding[b][j], |s| s),
-        1e-12,
-    );
+    let options = AttendOptions::default();
+    let schedule = with_an_empty_row();
+    let inputs = inputs(2, 1, 3, 3, &device());
+    let visible = |b: usize, i: usize, j: usize| j <= i && !PADDING[b][j];
+    assert_is_formula(&inputs, &schedule, &options, visible, |s| s);
 
-    let device = device.autodiff();
-    let (visibility, _) = with_an_empty_row(&device);
-    let q = Tensor::<4>::from_data(q.to_data(), (&device, DType::F64)).require_grad();
-    let [_, k, v] = self::inputs(2, 1, 3, 3, &device);
-    let out = scaled_dot_product(q.clone(), k, v, &visibility, &options);
-    let gradient = q.grad(&out.sum().backward()).expect("depends on the query");
-    let gradient: Vec<f64> = gradient.to_data().iter::<f64>().collect();
-    assert!(gradient.iter().all(|g| g.is_finite()));
-    // [batch 1, head 0, query 0] and [batch 1, head 1, query 0] see nothing.
-    for head in [2, 3] {
-        let row = head * 3 * D_HEAD;
-        assert!(gradient[row..row + D_HEAD].iter().all(|g| *g == 0.0));
+    let device = device().autodiff();
+    for implementation in IMPLEMENTATIONS {
+        let [q, k, v] = self::inputs(2, 1, 3, 3, &device);
+        let q = q.require_grad();
+        let out = attend_by(implementation, q.clone(), k, v, &schedule, &options);
+        let gradient = q.grad(&out.sum().backward()).expect("depends on the query");
+        let gradient: Vec<f64> = gradient.to_data().iter::<f64>().collect();
+        assert!(gradient.iter().all(|g| g.is_finite()));
+        // [batch 1, head 0, query 0] and [batch 1, head 1, query 0] see nothing.
+        for head in [2, 3] {
+            let row = head * 3 * D_HEAD;
+            assert!(gradient[row..row + D_HEAD].iter().all(|g| *g == 0.0));
+        }
     }
 }
 
 #[test]
 fn gradients_of_query_key_and_value() {
     let device = device().autodiff();
-    let (visibility, _) = with_an_empty_row(&device);
-    let options = ScoreOptions {
+    let schedule = with_an_empty_row();
+    let options = AttendOptions {
         cap: ScoreCap::Tanh(5.0),
-        ..ScoreOptions::default()
+        ..AttendOptions::default()
     };
-    for chosen in 0..3 {
-        let inputs = inputs(2, 1, 3, 3, &device);
-        assert_gradients_match(inputs[chosen].clone(), |x| {
-            let mut inputs = inputs.clone();
-            inputs[chosen] = x;
-            attend(&inputs, &visibility, &options)
-        });
+    for implementation in IMPLEMENTATIONS {
+        for chosen in 0..3 {
+            let inputs = inputs(2, 1, 3, 3, &device);
+            assert_gradients_match(inputs[chosen].clone(), |x| {
+                let mut inputs = inputs.clone();
+                inputs[chosen] = x;
+                let [q, k, v] = inputs;
+                attend_by(implementation, q, k, v, &schedule, &options)
+            });
+        }
     }
 }
 
 #[test]
 fn dropout_acts_on_the_weights_and_only_with_a_key() {
     let inputs = inputs(2, 2, 6, 6, &device());
-    let with = |dropout_key| ScoreOptions {
-        dropout: 0.5,
-        dropout_key,
-        ..ScoreOptions::default()
-    };
-    let full = Visibility::full();
-    let plain = attend(&inputs, &full, &ScoreOptions::default());
-    assert_close(attend(&inputs, &full, &with(None)), plain.clone(), 0.0);
-    let key = Some(RandomKey::new(1));
-    let dropped = attend(&inputs, &full, &with(key));
-    assert_close(attend(&inputs, &full, &with(key)), dropped.clone(), 0.0);
-    assert!(!dropped.all_close(plain, None, None));
+    let full = schedule(&Pattern::full(), Lengths::square(6), &BatchData::new());
+    for implementation in IMPLEMENTATIONS {
+        let attend = |dropout, dropout_key| {
+            let [q, k, v] = inputs.clone();
+            let options = AttendOptions {
+                dropout,
+                dropout_key,
+                ..AttendOptions::default()
+            };
+            attend_by(implementation, q, k, v, &full, &options)
+        };
+        let plain = attend(0.0, None);
+        assert_close(attend(0.5, None), plain.clone(), 0.0);
+        let key = Some(RandomKey::new(1));
+        let dropped = attend(0.5, key);
+        assert_close(attend(0.5, key), dropped.clone(), 0.0);
+        assert!(!dropped.all_close(plain, None, None));
+    }
 }
 
 fn multi_head(device: &Device) -> MultiHeadAttention {
-    MultiHeadAttentionConfig::new(12, 3).init(device)
+    MultiHeadAttentionConfig::new(12, 3)
+        .with_pattern(Pattern::causal())
+        .init(device)
 }
 
 fn grouped_query(layout: RotaryLayout, device: &Device) -> GroupedQueryAttention {
@@ -208,14 +225,14 @@ fn grouped_query(layout: RotaryLayout, device: &Device) -> GroupedQueryAttention
         .with_n_kv_heads(Some(2))
         .with_d_head(Some(6))
         .with_rotary(Some(RotaryConfig::new(6).with_layout(layout)))
+        .with_pattern(Pattern::causal())
         .init(device)
 }
 
-/// Causal self-attention over the whole sequence.
+/// Self-attention over the whole sequence.
 fn whole<M: SequenceMixer>(mixer: &M, x: Tensor<3>) -> Tensor<3> {
     let [_, seq_length, _] = x.dims();
-    let visibility = Visibility::causal(seq_length, 0, &x.device());
-    mixer.forward(x, &Context::new(visibility))
+    mixer.forward(x, &Context::new(Lengths::square(seq_length)))
 }
 
 fn keeps_the_laws<M: SequenceMixer + Module>(make: impl Fn(&Device) -> M) {
@@ -231,9 +248,9 @@ fn keeps_the_laws<M: SequenceMixer + Module>(make: impl Fn(&Device) -> M) {
             if position == 0 {
                 cache = mixer.new_cache(7);
             }
-            let visibility = Visibility::causal(x.dims()[1], position, &device);
-            let context = Context::new(visibility).with_first_position(position);
-            mixer.forward_cached(x, &context, &mut cache)
+            let [_, length, _] = x.dims();
+            let lengths = Lengths::new(length, position + length).with_first_position(position);
+            mixer.forward_cached(x, &Context::new(lengths), &mut cache)
         },
     );
 }
@@ -253,10 +270,8 @@ fn grouped_query_keeps_the_laws() {
 #[should_panic(expected = "largest difference")]
 fn the_causal_law_catches_full_attention() {
     let device = device().autodiff();
-    let attention = multi_head(&device);
-    laws::causal([2, 5, 12], &device, |x| {
-        attention.forward(x, &Context::default())
-    });
+    let attention = MultiHeadAttentionConfig::new(12, 3).init(&device);
+    laws::causal([2, 5, 12], &device, |x| whole(&attention, x));
 }
 
 #[test]
@@ -266,6 +281,7 @@ fn as_many_key_value_heads_as_heads_is_multi_head_attention() {
     let values = parameters_by_name(&multi_head);
     let grouped = GroupedQueryAttentionConfig::new(12, 3)
         .with_bias(true)
+        .with_pattern(Pattern::causal())
         .init(&device);
     let grouped = load_parameters(grouped, |name| values[name].clone());
     let x = random([2, 7, 12], 1, DType::F32, &device);
@@ -281,7 +297,7 @@ fn cross_attention_reads_another_sequence_and_caches_it() {
     let attention = to_f64(attention);
     let x = random([2, 3, 12], 1, DType::F64, &device);
     let source = random([2, 4, 5], 2, DType::F64, &device);
-    let context = Context::default();
+    let context = Context::new(Lengths::new(3, 4));
     let cache = attention.project_source(source.clone());
     assert_close(
         attention.forward_cross_cached(x.clone(), &cache, &context),
@@ -317,4 +333,24 @@ fn configs_that_do_not_fit_are_refused() {
         other_width.validate(),
         Err(InvalidConfig::Range { .. })
     ));
+    assert!(matches!(
+        MultiHeadAttentionConfig::new(12, 4)
+            .with_pattern(Pattern::PerHead(Vec::new()))
+            .validate(),
+        Err(InvalidConfig::Pattern {
+            field: "pattern",
+            ..
+        })
+    ));
+}
+
+#[test]
+#[should_panic(expected = "pattern:")]
+fn a_pattern_that_does_not_fit_the_heads_panics() {
+    let device = device();
+    let pattern = Pattern::per_head(vec![Pattern::causal(), Pattern::full()]);
+    let attention = MultiHeadAttentionConfig::new(12, 3)
+        .with_pattern(pattern)
+        .init(&device);
+    whole(&attention, random([2, 5, 12], 1, DType::F32, &device));
 }

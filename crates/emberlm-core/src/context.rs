@@ -1,32 +1,57 @@
 //! What a layer is told besides its input.
 
-use crate::{RandomKey, Visibility};
+use std::sync::{Arc, Mutex, PoisonError};
 
-/// What the stack tells every layer: which keys are visible, where the queries stand, and the random key of
-/// this step. New kinds of information become new fields, so that no signature of a layer changes.
-#[derive(Clone, Debug, Default)]
+use crate::{BatchData, BlockSizes, Lengths, Pattern, PatternError, RandomKey, Schedule};
+
+/// What the stack tells every layer: how long the sequences are and where they begin, what the batch brings (padding,
+/// documents, global tokens), and the random key of this step. New kinds of information become new fields, so that no
+/// signature of a layer changes.
+///
+/// ```
+/// use emberlm_core::{Context, Lengths, Pattern};
+///
+/// let context = Context::new(Lengths::square(5));
+/// let schedule = context.schedule(&Pattern::causal(), 2)?;
+/// assert_eq!(schedule.statistics().n_visible, 2 * 15);
+/// # Ok::<(), emberlm_core::PatternError>(())
+/// ```
+#[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Context {
-    /// Which keys each query may see.
-    pub visibility: Visibility,
-    /// Absolute position of the first query (tokens already in the cache).
-    pub first_position: usize,
+    /// Lengths of queries and keys, and the position of the first query (tokens already in the cache).
+    pub lengths: Lengths,
     /// Source of randomness of this layer in this step; nothing outside training, which turns dropout off.
     pub dropout_key: Option<RandomKey>,
+    data: Arc<BatchData>,
+    schedules: Arc<Mutex<Vec<Compiled>>>,
+}
+
+#[derive(Debug)]
+struct Compiled {
+    pattern: Pattern,
+    n_heads: usize,
+    schedule: Arc<Schedule>,
 }
 
 impl Context {
-    /// Queries that stand at position 0 and later, with the given visibility.
-    pub fn new(visibility: Visibility) -> Self {
+    /// Sequences of these lengths, without padding; dropout is off.
+    ///
+    /// The numbers of batch rows and heads of `lengths` are not looked at.
+    pub fn new(lengths: Lengths) -> Self {
         Self {
-            visibility,
-            ..Self::default()
+            lengths: lengths.with_batch_size(1),
+            dropout_key: None,
+            data: Arc::new(BatchData::new()),
+            schedules: Arc::default(),
         }
     }
 
-    /// The queries begin at this absolute position.
-    pub fn with_first_position(mut self, first_position: usize) -> Self {
-        self.first_position = first_position;
+    /// Adds what the rows of a batch of this size bring.
+    pub fn with_data(mut self, batch_size: usize, data: BatchData) -> Self {
+        self.lengths = self.lengths.with_batch_size(batch_size);
+        self.data = Arc::new(data);
+        self.schedules = Arc::default();
         self
     }
 
@@ -42,5 +67,75 @@ impl Context {
             dropout_key: self.dropout_key.map(|key| key.fold(part)),
             ..self.clone()
         }
+    }
+
+    /// The pattern compiled for this pass and `n_heads` heads. It is compiled once, for all layers that share this
+    /// context or one that was folded from it.
+    ///
+    /// # Errors
+    ///
+    /// A pattern that does not fit the lengths, the heads or the batch.
+    pub fn schedule(
+        &self,
+        pattern: &Pattern,
+        n_heads: usize,
+    ) -> Result<Arc<Schedule>, PatternError> {
+        // A panic elsewhere leaves a list of whole entries.
+        let mut schedules = self
+            .schedules
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let known = schedules
+            .iter()
+            .find(|known| known.n_heads == n_heads && known.pattern == *pattern);
+        if let Some(known) = known {
+            return Ok(known.schedule.clone());
+        }
+        let lengths = self.lengths.with_n_heads(n_heads);
+        let schedule = Schedule::compile(pattern, &lengths, &BlockSizes::default(), &self.data)?;
+        let schedule = Arc::new(schedule);
+        schedules.push(Compiled {
+            pattern: pattern.clone(),
+            n_heads,
+            schedule: schedule.clone(),
+        });
+        Ok(schedule)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn layers_share_the_schedules_of_a_pass() {
+        let context = Context::new(Lengths::square(100)).with_dropout_key(Some(RandomKey::new(1)));
+        let first = context.schedule(&Pattern::causal(), 4).unwrap();
+        let layer = context.fold(3);
+        let again = layer.schedule(&Pattern::causal(), 4).unwrap();
+        assert!(Arc::ptr_eq(&first, &again));
+        let other = layer.schedule(&Pattern::full(), 4).unwrap();
+        assert!(!Arc::ptr_eq(&first, &other));
+        assert_ne!(layer.dropout_key, context.dropout_key);
+    }
+
+    #[test]
+    fn padding_makes_other_schedules() {
+        let context = Context::new(Lengths::square(3));
+        let plain = context.schedule(&Pattern::full(), 1).unwrap();
+        let data =
+            BatchData::new().with_hidden_keys(vec![vec![false; 3], vec![true, false, false]]);
+        let padded = context
+            .with_data(2, data)
+            .schedule(&Pattern::full(), 1)
+            .unwrap();
+        assert_eq!(plain.statistics().n_visible, 9);
+        assert_eq!(padded.statistics().n_visible, 9 + 6);
+    }
+
+    #[test]
+    fn what_the_batch_lacks_is_an_error() {
+        let context = Context::new(Lengths::square(3));
+        context.schedule(&Pattern::documents(), 1).unwrap_err();
     }
 }

@@ -34,8 +34,8 @@ pub fn dropout<const D: usize>(x: Tensor<D>, rate: f64, key: Option<RandomKey>) 
     };
     let shape = x.dims();
     let n_elements: usize = shape.iter().product();
-    let kept = (1.0 / (1.0 - rate)) as f32;
-    let mask: Vec<f32> = (0..n_elements as u64)
+    let kept = 1.0 / (1.0 - rate);
+    let mask: Vec<f64> = (0..n_elements as u64)
         .map(|i| if key.uniform(i) < rate { 0.0 } else { kept })
         .collect();
     let mask = Tensor::<D>::from_data(TensorData::new(mask, shape), (&x.device(), x.dtype()));

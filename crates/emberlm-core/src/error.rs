@@ -2,6 +2,8 @@
 
 use thiserror::Error;
 
+use crate::PatternError;
+
 /// A configuration whose fields do not fit together.
 ///
 /// `validate` of every config returns it; `init` panics with the same words.
@@ -47,6 +49,14 @@ pub enum InvalidConfig {
         field: &'static str,
         /// What was given.
         value: usize,
+    },
+    /// A pattern that no attention can have.
+    #[error("{field}: {source}")]
+    Pattern {
+        /// The field's name.
+        field: &'static str,
+        /// What is wrong with it.
+        source: PatternError,
     },
     /// A model larger than memory can address.
     #[error("{field} is too large: {value} is more than any memory can hold")]

@@ -82,11 +82,11 @@ impl FeedForwardConfig {
 ///
 /// ```
 /// use burn::tensor::{Device, Tensor};
-/// use emberlm_core::{Context, FeedForward, FeedForwardConfig};
+/// use emberlm_core::{Context, FeedForward, FeedForwardConfig, Lengths};
 ///
 /// let device = Device::flex();
 /// let layer = FeedForwardConfig::new(8, 32).init(&device);
-/// let y = layer.forward(Tensor::ones([2, 5, 8], &device), &Context::default());
+/// let y = layer.forward(Tensor::ones([2, 5, 8], &device), &Context::new(Lengths::square(5)));
 /// assert_eq!(y.dims(), [2, 5, 8]);
 /// ```
 #[derive(Module, Debug)]

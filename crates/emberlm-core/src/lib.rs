@@ -1,5 +1,5 @@
 //! What language models are built from besides attention: positions, norms, activations, feed-forward layers,
-//! residual blocks, caches, losses, sampling and generation.
+//! residual blocks, caches, losses, sampling and generation, and which keys attention visits.
 //!
 //! Modules are ordinary Burn modules and run on any backend. Randomness (dropout, initialisation, sampling) is a
 //! function of a key and a counter, so that a run can be continued exactly.
@@ -18,11 +18,12 @@ mod loss;
 mod mixer;
 mod model;
 mod norm;
+mod pattern;
 mod positions;
 mod random;
 mod sampling;
+mod schedule;
 mod text_stream;
-mod visibility;
 
 pub use activation::Activation;
 pub use block::{NormPlacement, ResidualBlock, ResidualBlockConfig};
@@ -38,10 +39,14 @@ pub use loss::{CrossEntropy, CrossEntropyConfig};
 pub use mixer::{FeedForward, SequenceMixer};
 pub use model::{CachedModel, CausalModel};
 pub use norm::{Norm, NormConfig};
+pub use pattern::{
+    At, BatchData, Blockwise, Dilated, Fixed, Global, Lengths, ParsePatternError, Pattern,
+    PatternError, Picture, RandomBlocks, Reach, Strided, Window,
+};
 pub use positions::{
     LearnedPositions, LearnedPositionsConfig, RotaryConfig, RotaryLayout, sinusoidal_positions,
 };
 pub use random::RandomKey;
 pub use sampling::{InvalidSampling, SampleError, Sampler, SamplingConfig};
+pub use schedule::{BlockRows, BlockSizes, Layout, MaskTable, Part, Schedule, Span, Statistics};
 pub use text_stream::{InvalidStopStrings, StopStrings, Utf8Stream};
-pub use visibility::{KeyPadding, Visibility};

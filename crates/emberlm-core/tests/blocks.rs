@@ -2,12 +2,12 @@
 
 use burn::{
     module::Module,
-    tensor::{Bool, DType, Device, Int, Tensor, TensorData},
+    tensor::{DType, Device, Int, Tensor, TensorData},
 };
 use emberlm_core::{
     Activation, Context, CrossEntropyConfig, FeedForward, FeedForwardConfig, InvalidConfig,
-    KeyPadding, KvCache, NormConfig, NormPlacement, ResidualBlockConfig, RotaryConfig,
-    RotaryLayout, SequenceMixer, Visibility,
+    KvCache, Lengths, NormConfig, NormPlacement, ResidualBlockConfig, RotaryConfig, RotaryLayout,
+    SequenceMixer,
 };
 use emberlm_testkit::{assert_close, assert_gradients_match, device, random, to_f64};
 
@@ -139,8 +139,10 @@ fn feed_forward_gradients() {
         let plain = to_f64(config.init(&device));
         let gated = to_f64(config.init_gated(&device));
         let x = random([2, 2, 3], 1, DType::F64, &device);
-        assert_gradients_match(x.clone(), |x| plain.forward(x, &Context::default()));
-        assert_gradients_match(x, |x| gated.forward(x, &Context::default()));
+        assert_gradients_match(x.clone(), |x| {
+            plain.forward(x, &Context::new(Lengths::square(3)))
+        });
+        assert_gradients_match(x, |x| gated.forward(x, &Context::new(Lengths::square(3))));
     }
 }
 
@@ -217,7 +219,7 @@ fn residual_blocks_put_the_norm_where_the_config_says() {
     let x = random([2, 3, 4], 1, DType::F32, &device);
     let config = ResidualBlockConfig::new(4);
     let norm = config.norm.init(4, &device);
-    let context = Context::default();
+    let context = Context::new(Lengths::square(3));
 
     let pre = config
         .init(Twice, Square, &device)
@@ -233,36 +235,6 @@ fn residual_blocks_put_the_norm_where_the_config_says() {
     let expected = norm.forward(h.clone() + h.square());
     assert_close(block.forward(x.clone(), &context), expected.clone(), 1e-6);
     assert_close(block.forward_cached(x, &context, &mut ()), expected, 1e-6);
-}
-
-fn hidden(visibility: &Visibility) -> Vec<bool> {
-    let hidden = visibility.hidden().expect("something is hidden");
-    hidden.to_data().iter::<bool>().collect()
-}
-
-#[test]
-fn masks_combine() {
-    let device = device();
-    let (o, x) = (false, true);
-    let padding = Tensor::<2, Bool>::from_data([[o, x, o], [o, o, x]], &device);
-    let both = Visibility::causal(3, 0, &device).and_padding(&KeyPadding::hidden(padding));
-    assert!(both.may_hide_whole_rows());
-    assert_eq!(
-        hidden(&both),
-        [o, x, x, o, x, x, o, x, o, o, x, x, o, o, x, o, o, x]
-    );
-    let documents = Tensor::<2, Int>::from_ints([[0, 0, 1]], &device);
-    let packed = Visibility::causal(3, 0, &device).and_documents(documents.clone(), documents);
-    assert_eq!(hidden(&packed), [o, x, x, o, o, x, x, x, o]);
-}
-
-#[test]
-fn later_queries_see_the_keys_before_them() {
-    let device = device();
-    let (o, x) = (false, true);
-    let visibility = Visibility::causal(2, 2, &device);
-    assert_eq!(hidden(&visibility), [o, o, o, x, o, o, o, o]);
-    assert!(Visibility::causal(1, 5, &device).hidden().is_none());
 }
 
 #[test]

@@ -12,9 +12,9 @@ use emberlm_attention::{
 };
 use emberlm_core::{
     Activation, CachedModel, CausalModel, Context, FeedForward, FeedForwardConfig, GatedMlp,
-    Gpt2Init, InvalidConfig, KvCache, LearnedPositions, LearnedPositionsConfig, Mlp, Norm,
-    NormConfig, NormPlacement, RandomKey, ResidualBlock, ResidualBlockConfig, RotaryConfig,
-    RotaryLayout, SequenceMixer, Visibility, assert_valid, dropout, sinusoidal_positions,
+    Gpt2Init, InvalidConfig, KvCache, LearnedPositions, LearnedPositionsConfig, Lengths, Mlp, Norm,
+    NormConfig, NormPlacement, Pattern, RandomKey, ResidualBlock, ResidualBlockConfig,
+    RotaryConfig, RotaryLayout, SequenceMixer, assert_valid, dropout, sinusoidal_positions,
 };
 
 /// How the model knows where a token stands.
@@ -85,6 +85,8 @@ pub struct DecoderConfig {
     /// Default: 0.
     #[config(default = 0.0)]
     pub dropout: f64,
+    /// Which of the earlier tokens a token sees; it sees none of the later ones, whatever this says. Default: all.
+    pub pattern: Option<Pattern>,
     /// Seed of the initialisation. Default: 0.
     #[config(default = 0)]
     pub seed: u64,
@@ -237,6 +239,14 @@ impl DecoderConfig {
             .with_rotary(rotary)
             .with_bias(self.bias)
             .with_dropout(self.dropout)
+            .with_pattern(self.causal_pattern())
+    }
+
+    fn causal_pattern(&self) -> Pattern {
+        match &self.pattern {
+            None => Pattern::causal(),
+            Some(pattern) => Pattern::causal() & pattern.clone(),
+        }
     }
 
     /// Grouped-query attention where something needs it, else multi-head attention.
@@ -249,6 +259,7 @@ impl DecoderConfig {
                 MultiHeadAttentionConfig::new(self.d_model, self.n_heads)
                     .with_bias(self.bias)
                     .with_dropout(self.dropout)
+                    .with_pattern(self.causal_pattern())
                     .init(device),
             )
         }
@@ -382,8 +393,7 @@ impl Decoder {
         dropout_key: Option<RandomKey>,
     ) -> Tensor<3> {
         let [_, seq_length] = tokens.dims();
-        let visibility = Visibility::causal(seq_length, 0, &tokens.device());
-        let context = Context::new(visibility).with_dropout_key(dropout_key);
+        let context = Context::new(Lengths::square(seq_length)).with_dropout_key(dropout_key);
         let mut x = self.embed(tokens, &context);
         for (i, block) in (FIRST_BLOCK..).zip(&self.blocks) {
             x = block.forward(x, &context.fold(i));
@@ -409,10 +419,10 @@ impl Decoder {
         let x = self.tokens.forward(tokens);
         let d_model = x.dims()[2];
         let x = match &self.positions {
-            Some(positions) => x + positions.forward(context.first_position, seq_length),
+            Some(positions) => x + positions.forward(context.lengths.first_position, seq_length),
             None if self.sinusoidal => {
                 let table = sinusoidal_positions(
-                    context.first_position,
+                    context.lengths.first_position,
                     seq_length,
                     d_model,
                     x.dtype(),
@@ -461,8 +471,9 @@ impl CachedModel for Decoder {
     fn forward_cached(&self, tokens: Tensor<2, Int>, cache: &mut DecoderCache) -> Tensor<3> {
         let [_, seq_length] = tokens.dims();
         let first_position = cache.len();
-        let visibility = Visibility::causal(seq_length, first_position, &tokens.device());
-        let context = Context::new(visibility).with_first_position(first_position);
+        let lengths = Lengths::new(seq_length, first_position + seq_length)
+            .with_first_position(first_position);
+        let context = Context::new(lengths);
         let mut x = self.embed(tokens, &context);
         for (block, cache) in self.blocks.iter().zip(&mut cache.layers) {
             x = block.forward_cached(x, &context, cache);

@@ -22,10 +22,12 @@ pub use emberlm_training as training;
 
 /// What most programs use.
 pub mod prelude {
-    pub use emberlm_attention::{GroupedQueryAttentionConfig, MultiHeadAttentionConfig};
+    pub use emberlm_attention::{
+        AttendOptions, GroupedQueryAttentionConfig, MultiHeadAttentionConfig, attend,
+    };
     pub use emberlm_core::{
         CachedModel, CausalModel, Context, CrossEntropyConfig, FeedForward, FeedForwardConfig,
-        Generator, SamplingConfig, SequenceMixer, Visibility,
+        Generator, Lengths, Pattern, SamplingConfig, Schedule, SequenceMixer, Window,
     };
     pub use emberlm_models::{Decoder, DecoderConfig, load_decoder};
     pub use emberlm_training::{Trainer, TrainingConfig};

@@ -1,0 +1,87 @@
+//! The fused kernels for CPU backends: a forward pass that never holds more scores than a few blocks a thread, and a
+//! backward pass that computes them again.
+
+#![allow(
+    unsafe_code,
+    reason = "tiles are addressed by pointers, and threads write disjoint rows of one result"
+)]
+
+mod backward;
+mod blocks;
+mod few;
+mod forward;
+mod operator;
+mod problem;
+mod scores;
+mod sums;
+
+use std::sync::Arc;
+
+use burn::tensor::Tensor;
+use emberlm_core::{BlockSizes, Schedule};
+
+use self::{
+    operator::{Inputs, Spec},
+    problem::Dropout,
+};
+use super::{AttendOptions, ScoreCap};
+
+/// Queries, and keys, of a block: those of the schedules that these kernels take.
+const BLOCK: usize = 64;
+
+/// The output and, if asked for, the log-sum-exp `[batch_size, n_heads, query_length, 1]`.
+pub(super) fn attend(
+    [query, key, value]: [Tensor<4>; 3],
+    schedule: &Arc<Schedule>,
+    options: &AttendOptions,
+    with_log_sum_exp: bool,
+) -> (Tensor<4>, Option<Tensor<4>>) {
+    let blocks = *schedule.block_sizes();
+    assert!(
+        blocks
+            == BlockSizes {
+                query: BLOCK,
+                key: BLOCK
+            },
+        "block sizes: the fused kernels take blocks of {BLOCK} queries and keys, the schedule has {blocks:?}"
+    );
+    let [.., d_head] = query.dims();
+    let [.., d_value] = value.dims();
+    let spec = Spec {
+        schedule: schedule.clone(),
+        scale: options.scale.unwrap_or((d_head as f64).powf(-0.5)),
+        cap: match options.cap {
+            ScoreCap::None => None,
+            ScoreCap::Tanh(limit) => Some(limit),
+        },
+        slopes: options.alibi.clone(),
+        dropout: options
+            .dropout_key
+            .filter(|_| options.dropout > 0.0)
+            .map(|key| Dropout {
+                key,
+                rate: options.dropout,
+            }),
+        has_bias: options.bias.is_some(),
+        has_sinks: options.sinks.is_some(),
+        with_log_sum_exp,
+    };
+    // An operator takes tensors, not options of tensors.
+    let placeholder = || Tensor::zeros([1, 1, 1, 1], (&query.device(), query.dtype()));
+    let inputs = Inputs {
+        bias: options.bias.clone().unwrap_or_else(placeholder),
+        sinks: options
+            .sinks
+            .clone()
+            .unwrap_or_else(|| placeholder().reshape([1])),
+        query,
+        key,
+        value,
+    };
+    let output = operator::attend(inputs, spec);
+    if !with_log_sum_exp {
+        return (output, None);
+    }
+    let log_sum_exp = output.clone().narrow(3, d_value, 1);
+    (output.narrow(3, 0, d_value), Some(log_sum_exp))
+}
