@@ -61,7 +61,7 @@ fn scattered_keys_are_packed_into_blocks() {
     let orders: Vec<[Option<&[u32]>; 2]> = schedule
         .parts()
         .iter()
-        .map(|part| [part.query_order(), part.key_order()].map(|o| o.map(|order| &order[..])))
+        .map(|part| [part.query_order(), part.key_order()])
         .collect();
     let globals = &[0, 300, 600, 900][..];
     let expected = [[None, None], [Some(globals), None], [None, Some(globals)]];
