@@ -194,6 +194,15 @@ fn sizes_and_numbers_that_are_impossible() {
         (r#""n_layers": 0"#, "model.n_layers must be at least 1"),
         (r#""d_model": 0"#, "model.d_model must be at least 1"),
         (r#""d_ff": 0"#, "model.d_ff must be at least 1"),
+        (r#""pattern": "documents""#, "model.pattern: "),
+        (
+            r#""pattern": {"strided": {"merged": {"stride": 0}}}"#,
+            "model.pattern: ",
+        ),
+        (
+            r#""pattern": {"global": {"positions": [100000]}}"#,
+            "model.pattern: ",
+        ),
         (r#""d_model": 4000000000"#, "model.d_model is too large"),
         (
             r#""dropout": 1.0"#,

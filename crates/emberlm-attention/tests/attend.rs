@@ -471,6 +471,25 @@ fn a_transposed_view_is_read_where_it_lies() {
 }
 
 #[test]
+fn schedules_of_other_blocks_are_taken() {
+    let device = device();
+    let blocks = BlockSizes { query: 16, key: 32 };
+    let lengths = Lengths::square(70);
+    let schedule = Schedule::compile(&Pattern::causal(), &lengths, &blocks, &BatchData::new());
+    let [query, key, value] = inputs(70, &device);
+    let options = AttendOptions::default();
+    let expected = attend(
+        query.clone(),
+        key.clone(),
+        value.clone(),
+        &compile(&Pattern::causal(), 70),
+        &options,
+    );
+    let output = attend(query, key, value, &Arc::new(schedule.unwrap()), &options);
+    assert_close(output, expected, 1e-6);
+}
+
+#[test]
 fn equal_calls_give_equal_bits() {
     let case = Case::new(
         Pattern::causal() & Pattern::window(Window::one_sided(90)),

@@ -70,11 +70,11 @@ impl Context {
     }
 
     /// The pattern compiled for this pass and `n_heads` heads. It is compiled once, for all layers that share this
-    /// context or one that was folded from it.
+    /// context or one that was folded from it. Global positions that the sequence has not reached are left out.
     ///
     /// # Errors
     ///
-    /// A pattern that does not fit the lengths, the heads or the batch.
+    /// A pattern that does not fit the heads or the batch.
     pub fn schedule(
         &self,
         pattern: &Pattern,
@@ -92,7 +92,8 @@ impl Context {
             return Ok(known.schedule.clone());
         }
         let lengths = self.lengths.with_n_heads(n_heads);
-        let schedule = Schedule::compile(pattern, &lengths, &BlockSizes::default(), &self.data)?;
+        let there = pattern.within(lengths.key_length.max(lengths.query_end()));
+        let schedule = Schedule::compile(&there, &lengths, &BlockSizes::default(), &self.data)?;
         let schedule = Arc::new(schedule);
         schedules.push(Compiled {
             pattern: pattern.clone(),
@@ -131,6 +132,14 @@ mod tests {
             .unwrap();
         assert_eq!(plain.statistics().n_visible, 9);
         assert_eq!(padded.statistics().n_visible, 9 + 6);
+    }
+
+    #[test]
+    fn global_positions_may_come_later() {
+        let context = Context::new(Lengths::square(3));
+        let pattern = Pattern::causal() & Pattern::global(vec![0, 7]);
+        let schedule = context.schedule(&pattern, 1).unwrap();
+        assert_eq!(schedule.statistics().n_visible, 3);
     }
 
     #[test]

@@ -11,9 +11,9 @@ use emberlm_attention::{
     MultiHeadAttentionConfig,
 };
 use emberlm_core::{
-    Activation, CachedModel, CausalModel, Context, FeedForward, FeedForwardConfig, GatedMlp,
-    Gpt2Init, InvalidConfig, KvCache, LearnedPositions, LearnedPositionsConfig, Lengths, Mlp, Norm,
-    NormConfig, NormPlacement, Pattern, RandomKey, ResidualBlock, ResidualBlockConfig,
+    Activation, BatchData, CachedModel, CausalModel, Context, FeedForward, FeedForwardConfig,
+    GatedMlp, Gpt2Init, InvalidConfig, KvCache, LearnedPositions, LearnedPositionsConfig, Lengths,
+    Mlp, Norm, NormConfig, NormPlacement, Pattern, RandomKey, ResidualBlock, ResidualBlockConfig,
     RotaryConfig, RotaryLayout, SequenceMixer, assert_valid, dropout, sinusoidal_positions,
 };
 
@@ -105,7 +105,8 @@ impl DecoderConfig {
     ///
     /// # Errors
     ///
-    /// A zero, widths that do not divide evenly, a rate outside `[0, 1)`, or tensors that no memory can hold.
+    /// A zero, widths that do not divide evenly, a rate outside `[0, 1)`, a pattern that does not fit the heads or the
+    /// positions or needs data of the batch, or tensors that no memory can hold.
     pub fn validate(&self) -> Result<(), InvalidConfig> {
         InvalidConfig::require_positive(&[
             ("vocab_size", self.vocab_size),
@@ -124,6 +125,7 @@ impl DecoderConfig {
                 value: self.d_model,
             });
         }
+        self.check_pattern()?;
         self.grouped_query().validate()?;
         self.mlp().validate()?;
         self.block().validate()
@@ -169,6 +171,24 @@ impl DecoderConfig {
             dropout: self.dropout,
         };
         Gpt2Init::new(self.n_layers, self.seed).apply(decoder)
+    }
+
+    /// Checks the pattern for the longest sequence that there can be, and without batch data: a decoder has none.
+    fn check_pattern(&self) -> Result<(), InvalidConfig> {
+        let Some(pattern) = &self.pattern else {
+            return Ok(());
+        };
+        let (pattern, length) = match self.max_seq_length() {
+            Some(longest) => (pattern.clone(), longest),
+            None => (pattern.within(1), 1),
+        };
+        let lengths = Lengths::square(length).with_n_heads(self.n_heads);
+        pattern
+            .check(&lengths, &BatchData::new())
+            .map_err(|source| InvalidConfig::Pattern {
+                field: "pattern",
+                source,
+            })
     }
 
     /// Names the largest factor of a model that no memory can hold.

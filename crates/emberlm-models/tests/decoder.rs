@@ -8,7 +8,7 @@ use burn::{
 };
 use emberlm_core::{
     Activation, CachedModel, CausalModel, Generator, InvalidConfig, NormConfig, NormPlacement,
-    RandomKey, RotaryLayout, SamplingConfig,
+    Pattern, RandomKey, RotaryLayout, SamplingConfig, Strided, Window,
 };
 use emberlm_models::{
     Decoder, DecoderConfig, FeedForwardKind, LoadError, PositionsConfig, load_decoder,
@@ -30,6 +30,11 @@ fn configs() -> Vec<DecoderConfig> {
         base.clone()
             .with_positions(rotary(RotaryLayout::Interleaved))
             .with_n_kv_heads(Some(1)),
+        base.clone().with_pattern(Some(
+            Pattern::window(Window::causal(3)) | Pattern::global(vec![0, 5]),
+        )),
+        base.clone()
+            .with_pattern(Some(Pattern::strided(Strided::merged(3)))),
         base.with_positions(rotary(RotaryLayout::HalfSplit))
             .with_norm(NormConfig::Rms { epsilon: 1e-5 })
             .with_feed_forward(FeedForwardKind::Gated)
@@ -275,6 +280,19 @@ fn configs_that_do_not_fit_are_refused() {
         error(DecoderConfig::new(13, 2, 13, 1).with_positions(PositionsConfig::Sinusoidal)),
         InvalidConfig::OddWidth { .. }
     ));
+    for pattern in [
+        Pattern::documents(),
+        Pattern::global(vec![4, 2000]),
+        Pattern::per_head(vec![Pattern::full(), Pattern::causal()]),
+    ] {
+        assert!(matches!(
+            error(DecoderConfig::new(13, 2, 12, 3).with_pattern(Some(pattern))),
+            InvalidConfig::Pattern {
+                field: "pattern",
+                ..
+            }
+        ));
+    }
     assert!(matches!(
         error(DecoderConfig::new(13, 2, 12, 3).with_dropout(1.0)),
         InvalidConfig::Range {

@@ -36,12 +36,20 @@ pub enum Implementation {
 }
 
 impl Implementation {
-    /// The fastest for tensors on `device`.
+    /// The fastest for tensors on `device` and a schedule of the default block sizes.
     pub fn of(device: &Device) -> Self {
         if native_on(device) {
             Self::Native
         } else {
             Self::Portable
+        }
+    }
+
+    /// The fastest that takes this schedule: the kernels know blocks of 64 queries and keys alone.
+    fn choose(device: &Device, schedule: &Schedule) -> Self {
+        match *schedule.block_sizes() == BlockSizes::default() {
+            true => Self::of(device),
+            false => Self::Portable,
         }
     }
 }
@@ -102,12 +110,12 @@ pub fn attend(
     schedule: &Arc<Schedule>,
     options: &AttendOptions,
 ) -> Tensor<4> {
-    let implementation = Implementation::of(&query.device());
+    let implementation = Implementation::choose(&query.device(), schedule);
     if implementation == Implementation::Portable {
         static SAID: Once = Once::new();
         SAID.call_once(|| {
             log::info!(
-                "attention on {:?}: no fused kernels for this device, tensor operations on blocks instead",
+                "attention on {:?}: no fused kernels for this device or these blocks, tensor operations instead",
                 query.device()
             );
         });
@@ -119,7 +127,8 @@ pub fn attend(
 ///
 /// # Panics
 ///
-/// As [`attend`]; and if the device does not have the implementation.
+/// As [`attend`]; and if the device does not have the implementation, or [`Implementation::Native`] is asked for a
+/// schedule of other blocks than 64 by 64.
 pub fn attend_by(
     implementation: Implementation,
     query: Tensor<4>,

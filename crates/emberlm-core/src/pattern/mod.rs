@@ -328,6 +328,33 @@ impl Pattern {
         }
     }
 
+    /// The pattern without global positions at `length` or beyond: what it means for a sequence that has not grown so
+    /// far, where [`check`](Self::check) would find an error.
+    ///
+    /// ```
+    /// use emberlm_core::Pattern;
+    ///
+    /// let pattern = Pattern::causal() | Pattern::global(vec![0, 40]);
+    /// assert_eq!(pattern.within(40), Pattern::causal() | Pattern::global(vec![0]));
+    /// ```
+    pub fn within(&self, length: usize) -> Self {
+        let all = |patterns: &[Self]| patterns.iter().map(|part| part.within(length)).collect();
+        match self {
+            Self::Global(Global::Positions(positions)) => {
+                let there = positions
+                    .iter()
+                    .copied()
+                    .filter(|position| *position < length);
+                Self::Global(Global::Positions(there.collect()))
+            }
+            Self::And(patterns) => Self::And(all(patterns)),
+            Self::Or(patterns) => Self::Or(all(patterns)),
+            Self::Not(pattern) => Self::Not(Box::new(pattern.within(length))),
+            Self::PerHead(patterns) => Self::PerHead(all(patterns)),
+            other => other.clone(),
+        }
+    }
+
     /// The name of a combinator and what it combines; nothing for a simple pattern.
     fn combined(&self) -> (&'static str, &[Pattern]) {
         match self {
