@@ -47,7 +47,8 @@ def main():
             figures = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
             times.append((length, figures["median_ms"]))
             cells.append(f"{length}: {figures['median_ms']:.0f} ms, memory {figures['peak_ratio']:.2f}")
-        print(f"{pattern:<14} exponent {slope(times):.2f}   " + "; ".join(cells), flush=True)
+        exponent = f"exponent {slope(times):.2f}" if len(times) > 1 else "no exponent of one length"
+        print(f"{pattern:<14} {exponent}   " + "; ".join(cells), flush=True)
 
 
 if __name__ == "__main__":

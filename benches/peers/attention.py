@@ -4,7 +4,7 @@
     python attention.py                       # causal, lengths 512 to 8192
     python attention.py --what window         # a window of 256 on each side, length 8192
 
-Each line of the table is also printed as JSON with --json. PyTorch runs with two threads, 8 heads of 64, batch 1, in
+Each line of the table is also printed as JSON with --json. Both run with two threads, 8 heads of 64, batch 1, in
 float32: its fused scaled_dot_product_attention for causal attention; for the window the same with a dense mask, compiled
 FlexAttention (forward alone: it has no backward on CPUs) and, where transformers is installed, the attention core of
 Hugging Face's Longformer with identity projections.
@@ -25,14 +25,15 @@ import torch.nn.functional as F
 HERE = Path(__file__).resolve().parent
 TARGET = Path(os.environ.get("CARGO_TARGET_DIR", HERE.parent.parent / "target"))
 BENCH = TARGET / "release" / "attention"
-HEADS, WIDTH, WINDOW = 8, 64, 256
+HEADS, WIDTH, WINDOW, THREADS = 8, 64, 256, 2
 
 
 def ours(pattern, length, backward, repeats):
     command = [str(BENCH), "--json", "--pattern", pattern, "--seq", str(length), "--repeats", str(repeats)]
     if backward:
         command.append("--backward")
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    two_threads = {**os.environ, "RAYON_NUM_THREADS": str(THREADS)}
+    output = subprocess.run(command, check=True, capture_output=True, text=True, env=two_threads).stdout
     return json.loads(output)["median_ms"]
 
 
@@ -148,7 +149,7 @@ def main():
     args = parser.parse_args()
     if not BENCH.exists():
         sys.exit(f"{BENCH} does not exist: run cargo build --release -p emberlm-bench first")
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)
     for name, pattern, length, backward, make in cases(args.what, args.lengths):
         peer = passes(make(length), length, backward)
         here, there = [], []

@@ -21,6 +21,7 @@ impl Scores {
                 field: "pattern",
                 source,
             })?;
+        self.cap.validate()?;
         InvalidConfig::require_rate("dropout", self.dropout)
     }
 

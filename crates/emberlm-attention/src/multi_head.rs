@@ -136,6 +136,10 @@ impl MultiHeadAttention {
     ///
     /// - `x`, output: `[batch_size, query_length, d_model]`
     /// - `source`: `[batch_size, key_length, d_source]`
+    ///
+    /// # Panics
+    ///
+    /// If the lengths are not the context's, or the pattern does not fit them.
     pub fn forward_cross(&self, x: Tensor<3>, source: Tensor<3>, context: &Context) -> Tensor<3> {
         let CrossCache { key, value } = self.project_source(source);
         self.attend(x, key, value, context)
@@ -153,7 +157,8 @@ impl MultiHeadAttention {
         }
     }
 
-    /// Attends from `x` to a source that was projected before; equal to [`forward_cross`](Self::forward_cross).
+    /// Attends from `x` to a source that was projected before; equal to [`forward_cross`](Self::forward_cross), whose
+    /// shapes and panics it has.
     pub fn forward_cross_cached(
         &self,
         x: Tensor<3>,

@@ -13,6 +13,12 @@ use emberlm_core::{
 use emberlm_testkit::{assert_close, device, largest_difference, random};
 use proptest::prelude::*;
 
+const IMPLEMENTATIONS: [Implementation; 3] = [
+    Implementation::Reference,
+    Implementation::Portable,
+    Implementation::Native,
+];
+
 /// One attention: sizes, pattern, options.
 #[derive(Debug, Clone)]
 struct Case {
@@ -415,11 +421,7 @@ fn not_a_number_and_infinity_pass_through() {
     let device = device();
     let schedule = compile(&Pattern::causal(), 70);
     for bad in [f32::NAN, f32::INFINITY] {
-        for implementation in [
-            Implementation::Reference,
-            Implementation::Portable,
-            Implementation::Native,
-        ] {
+        for implementation in IMPLEMENTATIONS {
             let [query, key, value] = inputs(70, &device);
             let mut data: Vec<f32> = key.to_data().iter::<f32>().collect();
             // Key 30 of the first head, which queries 30 and later see.
@@ -468,6 +470,131 @@ fn a_transposed_view_is_read_where_it_lies() {
         attend(query, key, value, &schedule, &AttendOptions::default())
     };
     assert_eq!(run(views).into_data(), run(copies).into_data());
+}
+
+/// Scores that are as low as floats go, or negative infinity, are scores: only hidden keys are not seen.
+#[test]
+fn very_low_scores_are_not_hidden_ones() {
+    let device = device();
+    let schedule = compile(&Pattern::causal(), 3);
+    let one = |value| TensorData::new(vec![value; 3], [1, 1, 3, 1]);
+    let value = TensorData::new(vec![1.0_f32, 2.0, 4.0], [1, 1, 3, 1]);
+    for implementation in IMPLEMENTATIONS {
+        let run = |bias: f32, sinks: Option<f32>| -> Vec<f32> {
+            // Key 0 gets the bias: query 0 sees nothing else.
+            let bias = [bias, 0.0, 0.0].repeat(3);
+            let options = AttendOptions {
+                bias: Some(Tensor::from_data(
+                    TensorData::new(bias, [1, 1, 3, 3]),
+                    &device,
+                )),
+                sinks: sinks.map(|sink| Tensor::from_floats([sink], &device)),
+                ..AttendOptions::default()
+            };
+            let tensor = |data: TensorData| Tensor::<4>::from_data(data, &device);
+            let (query, key) = (tensor(one(0.0_f32)), tensor(one(0.0_f32)));
+            let output = attend_by(
+                implementation,
+                query,
+                key,
+                tensor(value.clone()),
+                &schedule,
+                &options,
+            );
+            output.into_data().iter::<f32>().collect()
+        };
+        assert_eq!(run(f32::MIN, None), [1.0, 2.0, 3.0], "{implementation:?}");
+        assert_eq!(
+            run(f32::NEG_INFINITY, None),
+            [0.0, 2.0, 3.0],
+            "{implementation:?}"
+        );
+        assert_eq!(
+            run(0.0, Some(f32::NEG_INFINITY))[0],
+            1.0,
+            "{implementation:?}"
+        );
+    }
+}
+
+/// What comes from behind for a query that sees no key reaches nothing, even if it is not a number.
+#[test]
+fn the_gradient_of_an_empty_row_stays_there() {
+    let device = device().autodiff();
+    let data = BatchData::new().with_hidden_keys(vec![vec![true, false, false]]);
+    let schedule = Schedule::compile(
+        &Pattern::causal(),
+        &Lengths::square(3),
+        &BlockSizes::default(),
+        &data,
+    );
+    let schedule = Arc::new(schedule.unwrap());
+    for implementation in IMPLEMENTATIONS {
+        let [query, key, value] = inputs(3, &device).map(|input| input.require_grad());
+        let (output, lse) = attend_with_log_sum_exp(
+            implementation,
+            query.clone(),
+            key.clone(),
+            value.clone(),
+            &schedule,
+            &AttendOptions::default(),
+        );
+        // e^-inf is zero, and its derivative times the infinite weight is no number.
+        let weight = lse
+            .clone()
+            .mask_fill(lse.clone().is_inf(), f64::INFINITY)
+            .detach();
+        let gradients = (output.sum() + (lse.exp() * weight).sum()).backward();
+        for input in [query, key, value] {
+            let gradient = input.grad(&gradients).unwrap().into_data();
+            assert!(
+                gradient.iter::<f32>().all(|g| g.is_finite()),
+                "{implementation:?}"
+            );
+        }
+    }
+}
+
+#[cfg(not(feature = "ndarray"))]
+#[test]
+fn distances_and_empty_rows_of_sixteen_bit_floats() {
+    let device = device();
+    let length = 600;
+    let hidden = (0..length).map(|i| i < 3).collect();
+    let data = BatchData::new().with_hidden_keys(vec![hidden]);
+    // Two parts, in both of which the first queries see nothing.
+    let pattern = Pattern::strided(Strided::merged(9));
+    let schedule = Schedule::compile(
+        &pattern,
+        &Lengths::square(length),
+        &BlockSizes::default(),
+        &data,
+    );
+    let schedule = Arc::new(schedule.unwrap());
+    assert!(schedule.parts().len() > 1);
+    let options = AttendOptions {
+        alibi: Some(vec![0.5, 0.25]),
+        ..AttendOptions::default()
+    };
+    for dtype in [DType::F16, DType::BF16] {
+        let rounded = inputs(length, &device).map(|x| x.cast(dtype));
+        let [query, key, value] = rounded.clone().map(|x| x.cast(DType::F32));
+        let exact = attend_by(
+            Implementation::Reference,
+            query,
+            key,
+            value,
+            &schedule,
+            &options,
+        );
+        for implementation in IMPLEMENTATIONS {
+            let [query, key, value] = rounded.clone();
+            let output = attend_by(implementation, query, key, value, &schedule, &options);
+            // Scores up to some tens, in 8 digits: a weight may be wrong by a tenth.
+            let limit = if dtype == DType::F16 { 2e-2 } else { 2e-1 };
+            assert_close(output.cast(DType::F32), exact.clone(), limit);
+        }
+    }
 }
 
 #[test]

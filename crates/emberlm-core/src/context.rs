@@ -30,7 +30,7 @@ pub struct Context {
 #[derive(Debug)]
 struct Compiled {
     pattern: Pattern,
-    n_heads: usize,
+    lengths: Lengths,
     schedule: Arc<Schedule>,
 }
 
@@ -85,19 +85,19 @@ impl Context {
             .schedules
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
+        let lengths = self.lengths.with_n_heads(n_heads);
         let known = schedules
             .iter()
-            .find(|known| known.n_heads == n_heads && known.pattern == *pattern);
+            .find(|known| known.lengths == lengths && known.pattern == *pattern);
         if let Some(known) = known {
             return Ok(known.schedule.clone());
         }
-        let lengths = self.lengths.with_n_heads(n_heads);
         let there = pattern.within(lengths.key_length.max(lengths.query_end()));
         let schedule = Schedule::compile(&there, &lengths, &BlockSizes::default(), &self.data)?;
         let schedule = Arc::new(schedule);
         schedules.push(Compiled {
             pattern: pattern.clone(),
-            n_heads,
+            lengths,
             schedule: schedule.clone(),
         });
         Ok(schedule)
@@ -118,6 +118,15 @@ mod tests {
         let other = layer.schedule(&Pattern::full(), 4).unwrap();
         assert!(!Arc::ptr_eq(&first, &other));
         assert_ne!(layer.dropout_key, context.dropout_key);
+    }
+
+    #[test]
+    fn other_lengths_make_other_schedules() {
+        let mut context = Context::new(Lengths::square(3));
+        context.schedule(&Pattern::causal(), 1).unwrap();
+        context.lengths = Lengths::new(1, 3).with_first_position(2);
+        let schedule = context.schedule(&Pattern::causal(), 1).unwrap();
+        assert_eq!(schedule.statistics().n_visible, 3);
     }
 
     #[test]

@@ -28,21 +28,6 @@ unsafe impl<E: Sync> Send for View<'_, E> {}
 unsafe impl<E: Sync> Sync for View<'_, E> {}
 
 impl<'a, E: Stored> View<'a, E> {
-    /// The view of elements that lie one after another.
-    ///
-    /// # Panics
-    ///
-    /// If there are not as many elements as the axes say.
-    pub fn contiguous(elements: &'a [E], dims: [usize; 4]) -> Self {
-        let [_, b, c, d] = dims;
-        Self::strided(
-            elements,
-            0,
-            dims,
-            [b * c * d, c * d, d, 1].map(|stride| stride as isize),
-        )
-    }
-
     /// The view of elements at strides from the `first` one on.
     ///
     /// # Panics
@@ -228,7 +213,7 @@ mod tests {
     #[test]
     fn views_follow_strides() {
         let elements: Vec<f32> = (0..24).map(|i| i as f32).collect();
-        let view = View::contiguous(&elements, [1, 2, 3, 4]);
+        let view = View::strided(&elements, 0, [1, 2, 3, 4], [24, 12, 4, 1]);
         assert!(view.row([0, 1, 2]).eq([20.0, 21.0, 22.0, 23.0]));
         // The last axis backwards, the two before it swapped.
         let view = View::strided(&elements, 3, [1, 3, 2, 4], [24, 4, 12, -1]);

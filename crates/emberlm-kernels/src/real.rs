@@ -275,7 +275,9 @@ fn exp_f32<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     const LN_2_LOW: f32 = -2.121_944_4e-4;
     // Adding it rounds to an integer, which then stands in the lowest bits.
     const ROUND: f32 = 1.5 * (1 << 23) as f32;
-    let bounded = simd.max_f32s(simd.splat_f32s(SMALLEST), x);
+    // Not a maximum, which may drop NaN.
+    let small = simd.less_than_f32s(x, simd.splat_f32s(SMALLEST));
+    let bounded = simd.select_f32s(small, simd.splat_f32s(SMALLEST), x);
     let rounded = simd.mul_add_e_f32s(
         bounded,
         simd.splat_f32s(std::f32::consts::LOG2_E),
@@ -292,7 +294,6 @@ fn exp_f32<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     let exponent =
         simd.wrapping_dyn_shl_u32s(simd.transmute_u32s_f32s(rounded), simd.splat_u32s(23));
     let scaled = simd.transmute_f32s_u32s(simd.add_u32s(simd.transmute_u32s_f32s(sum), exponent));
-    let small = simd.less_than_f32s(x, simd.splat_f32s(SMALLEST));
     simd.select_f32s(small, simd.splat_f32s(0.0), scaled)
 }
 
@@ -356,14 +357,17 @@ mod tests {
 
     #[test]
     fn exp_of_special_values() {
-        let mut x = [0.0; 64];
-        x[0] = f32::NEG_INFINITY;
-        x[1] = -1e30;
-        x[2] = f32::NAN;
-        x[3] = -0.0;
-        Arch::new().dispatch(Exp(&mut x));
-        assert_eq!((x[0], x[1], x[3]), (0.0, 0.0, 1.0));
-        assert!(x[2].is_nan());
+        let run: [fn(&mut [f32]); 2] = [
+            |x| Arch::new().dispatch(Exp(x)),
+            |x| Exp(x).with_simd(Scalar),
+        ];
+        for run in run {
+            let mut x = [0.0; 64];
+            [x[0], x[1], x[2], x[3]] = [f32::NEG_INFINITY, -1e30, f32::NAN, -0.0];
+            run(&mut x);
+            assert_eq!((x[0], x[1], x[3]), (0.0, 0.0, 1.0));
+            assert!(x[2].is_nan());
+        }
     }
 
     /// `tanh` of every element.

@@ -4,7 +4,9 @@ use half::{bf16, f16};
 use crate::Real;
 
 /// An element type of tensors, and the type that sums over it are made in: 16-bit floats are computed as `f32`.
-pub trait Stored: Element + Copy + Send + Sync + 'static {
+///
+/// No other type can implement it: that any bits are a valid element is relied upon.
+pub trait Stored: Element + Copy + Send + Sync + sealed::Sealed + 'static {
     /// What it is computed in.
     type Real: Real;
 
@@ -12,6 +14,16 @@ pub trait Stored: Element + Copy + Send + Sync + 'static {
     fn to_real(self) -> Self::Real;
     /// The nearest value.
     fn from_real(x: Self::Real) -> Self;
+}
+
+mod sealed {
+    use half::{bf16, f16};
+
+    pub trait Sealed {}
+    impl Sealed for f32 {}
+    impl Sealed for f64 {}
+    impl Sealed for f16 {}
+    impl Sealed for bf16 {}
 }
 
 impl Stored for f32 {

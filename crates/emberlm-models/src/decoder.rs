@@ -13,8 +13,9 @@ use emberlm_attention::{
 use emberlm_core::{
     Activation, BatchData, CachedModel, CausalModel, Context, FeedForward, FeedForwardConfig,
     GatedMlp, Gpt2Init, InvalidConfig, KvCache, LearnedPositions, LearnedPositionsConfig, Lengths,
-    Mlp, Norm, NormConfig, NormPlacement, Pattern, RandomKey, ResidualBlock, ResidualBlockConfig,
-    RotaryConfig, RotaryLayout, SequenceMixer, assert_valid, dropout, sinusoidal_positions,
+    Mlp, Norm, NormConfig, NormPlacement, Pattern, PatternError, RandomKey, ResidualBlock,
+    ResidualBlockConfig, RotaryConfig, RotaryLayout, SequenceMixer, assert_valid, dropout,
+    sinusoidal_positions,
 };
 
 /// How the model knows where a token stands.
@@ -183,12 +184,14 @@ impl DecoderConfig {
             None => (pattern.within(1), 1),
         };
         let lengths = Lengths::square(length).with_n_heads(self.n_heads);
-        pattern
-            .check(&lengths, &BatchData::new())
-            .map_err(|source| InvalidConfig::Pattern {
-                field: "pattern",
-                source,
-            })
+        let checked = match pattern.changes_with_length() {
+            true => Err(PatternError::ChangesWithLength),
+            false => pattern.check(&lengths, &BatchData::new()),
+        };
+        checked.map_err(|source| InvalidConfig::Pattern {
+            field: "pattern",
+            source,
+        })
     }
 
     /// Names the largest factor of a model that no memory can hold.

@@ -8,7 +8,7 @@ use burn::{
 };
 use emberlm_core::{
     Activation, CachedModel, CausalModel, Generator, InvalidConfig, NormConfig, NormPlacement,
-    Pattern, RandomKey, RotaryLayout, SamplingConfig, Strided, Window,
+    Pattern, RandomBlocks, RandomKey, RotaryLayout, SamplingConfig, Strided, Window,
 };
 use emberlm_models::{
     Decoder, DecoderConfig, FeedForwardKind, LoadError, PositionsConfig, load_decoder,
@@ -35,6 +35,8 @@ fn configs() -> Vec<DecoderConfig> {
         )),
         base.clone()
             .with_pattern(Some(Pattern::strided(Strided::merged(3)))),
+        base.clone()
+            .with_pattern(Some(Pattern::random(RandomBlocks::past(2, 1)))),
         base.with_positions(rotary(RotaryLayout::HalfSplit))
             .with_norm(NormConfig::Rms { epsilon: 1e-5 })
             .with_feed_forward(FeedForwardKind::Gated)
@@ -282,6 +284,7 @@ fn configs_that_do_not_fit_are_refused() {
     ));
     for pattern in [
         Pattern::documents(),
+        Pattern::random(RandomBlocks::everywhere(4, 1)),
         Pattern::global(vec![4, 2000]),
         Pattern::per_head(vec![Pattern::full(), Pattern::causal()]),
     ] {

@@ -85,6 +85,8 @@ fn native_on(device: &Device) -> bool {
 /// - `value`: `[batch_size, n_kv_heads, key_length, d_value]`
 /// - output: `[batch_size, n_heads, query_length, d_value]`
 ///
+/// A schedule that is the same for all batch rows, or heads, may be compiled for one.
+///
 /// ```
 /// use std::sync::Arc;
 ///
@@ -102,7 +104,8 @@ fn native_on(device: &Device) -> bool {
 ///
 /// # Panics
 ///
-/// If shapes disagree with each other or with the schedule; the message names the axis.
+/// If shapes or element types disagree with each other or with the schedule, or an option is impossible; the message
+/// names the axis or the option.
 pub fn attend(
     query: Tensor<4>,
     key: Tensor<4>,
@@ -147,9 +150,9 @@ pub fn attend_by(
     .0
 }
 
-/// [`attend_by`], with the log-sum-exp of each query's scores, `[batch_size, n_heads, query_length]`, which gets a
-/// gradient too: what is needed to merge attention over several sets of keys. Negative infinity for a query that sees
-/// no key.
+/// [`attend_by`], with the log-sum-exp of each query's scores and its sink, `[batch_size, n_heads, query_length]`, which
+/// gets a gradient too: what is needed to merge attention over several sets of keys (give the sinks to one of them
+/// alone). Negative infinity for a query that sees no key and has no sink.
 ///
 /// # Panics
 ///
@@ -273,7 +276,7 @@ fn check_shapes(
 ) {
     let [batch_size, n_heads, query_length, d_head] = query.dims();
     let [key_batch, n_kv_heads, key_length, key_width] = key.dims();
-    let [value_batch, value_heads, value_length, _] = value.dims();
+    let [value_batch, value_heads, value_length, d_value] = value.dims();
     let lengths = schedule.lengths();
     let equal = |axis, name, got: usize, other, expected: usize| {
         assert!(
@@ -309,7 +312,7 @@ fn check_shapes(
         "n_heads: {n_heads} query heads cannot share {n_kv_heads} key/value heads evenly"
     );
     // What is the same for all batch rows or heads may have been compiled for one.
-    if lengths.batch_size != 1 {
+    if lengths.batch_size != 1 || schedule.is_by_batch() {
         equal(
             "batch_size",
             "the query",
@@ -369,6 +372,23 @@ fn check_shapes(
             query_length,
         );
         equal("key_length", "the bias", bias_keys, "the key", key_length);
+    }
+    assert!(
+        d_head > 0 && d_value > 0,
+        "d_head and d_value must be at least 1, got {d_head} and {d_value}"
+    );
+    let dtype = query.dtype();
+    let others = [("the key", key.dtype()), ("the value", value.dtype())];
+    let bias = options.bias.iter().map(|bias| ("the bias", bias.dtype()));
+    let sinks = options.sinks.iter().map(|sinks| ("sinks", sinks.dtype()));
+    for (name, other) in others.into_iter().chain(bias).chain(sinks) {
+        assert!(
+            other == dtype,
+            "element type: {name} has {other:?}, the query {dtype:?}"
+        );
+    }
+    if let Err(error) = options.cap.validate() {
+        panic!("{error}");
     }
     assert!(
         (0.0..1.0).contains(&options.dropout),

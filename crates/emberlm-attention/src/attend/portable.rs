@@ -9,8 +9,8 @@ use emberlm_core::{BlockSizes, Part, Schedule, Span};
 
 use super::{
     AttendOptions,
-    reference::cap,
-    sums::{NO_SCORE, Sums},
+    reference::{cap, penalty},
+    sums::{Sums, shift},
 };
 
 /// The output and the log-sum-exp `[batch_size, n_heads, query_length, 1]`.
@@ -113,7 +113,7 @@ fn attend_part(
     let like =
         |width: usize, fill: f64| Tensor::<4>::full([batch_size, n_heads, 1, width], fill, options);
     let no_row = Sums {
-        maximum: like(1, NO_SCORE),
+        maximum: like(1, f64::NEG_INFINITY),
         total: like(1, 0.0),
         values: match zero {
             Some(zero) => like(d_value, 0.0) + zero.reshape([1, 1, 1, 1]),
@@ -277,13 +277,11 @@ fn attend_class(
     let block_rows = [1, 1, n_blocks, n_queries, 1];
     let block_columns = [1, 1, n_blocks, 1, n_keys];
     if let Some(slopes) = &options.alibi {
-        let first = schedule.lengths().first_position as f64;
-        let to_float = |index: &Tensor<1, Int>| index.clone().float().cast(dtype);
-        let queries = (to_float(&query_index) + first).reshape(block_rows);
-        let keys = to_float(&key_index).reshape(block_columns);
-        let distance: Tensor<5> = (queries - keys).abs();
-        let slopes = Tensor::<1>::from_data(slopes.as_slice(), (&device, dtype));
-        scores = scores - distance * slopes.reshape([1, -1, 1, 1, 1]);
+        let first = schedule.lengths().first_position as i64;
+        let queries = (query_index.clone() + first).reshape(block_rows);
+        let keys = key_index.clone().reshape(block_columns);
+        let distance: Tensor<5, Int> = (queries - keys).abs();
+        scores = scores - penalty(distance, slopes, dtype);
     }
     if let Some(bias) = &options.bias {
         let [bias_batch, bias_heads, _, n_all_keys] = bias.dims();
@@ -302,9 +300,9 @@ fn attend_class(
     }
     let hidden =
         Tensor::<5, Bool>::from_data(gathered.hidden.clone(), &device).expand(scores.shape());
-    let scores = scores.mask_fill(hidden.clone(), NO_SCORE);
+    let scores = scores.mask_fill(hidden, f64::NEG_INFINITY);
     let maximum = scores.clone().detach().max_dim(4);
-    let weights = (scores - maximum.clone()).exp().mask_fill(hidden, 0.0);
+    let weights = (scores - shift(maximum.clone())).exp();
     let total = weights.clone().sum_dim(4);
     let weights = match kept(
         schedule,

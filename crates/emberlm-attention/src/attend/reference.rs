@@ -1,11 +1,11 @@
 //! The dense definition of attention: all scores, then a softmax, then a weighted mean.
 
-use burn::tensor::{Bool, Int, Tensor};
+use burn::tensor::{Bool, DType, Int, Tensor};
 use emberlm_core::{Lengths, dropout};
 
 use super::{
     AttendOptions, ScoreCap,
-    sums::{NO_SCORE, Sums},
+    sums::{Sums, shift},
 };
 
 /// `o = softmax(s) v` over the visible keys, with `s` as [`AttendOptions`] says. All scores are held.
@@ -31,22 +31,19 @@ pub(super) fn attend(
     if let Some(slopes) = &options.alibi {
         let positions = |first: usize, n: usize| {
             Tensor::<1, Int>::arange(first as i64..(first + n) as i64, &device)
-                .float()
-                .cast(scores.dtype())
         };
         let queries = positions(lengths.first_position, query_length).reshape([1, 1, -1, 1]);
         let keys = positions(0, key_length).reshape([1, 1, 1, -1]);
-        let slopes = Tensor::<1>::from_data(slopes.as_slice(), (&device, scores.dtype()));
-        let distance: Tensor<4> = (queries - keys).abs();
-        scores = scores - distance * slopes.reshape([1, -1, 1, 1]);
+        let distance: Tensor<4, Int> = (queries - keys).abs();
+        scores = scores.clone() - penalty(distance, slopes, scores.dtype());
     }
     if let Some(bias) = &options.bias {
         scores = scores + bias.clone();
     }
     let hidden = hidden.expand(shape);
-    let scores = scores.mask_fill(hidden.clone(), NO_SCORE);
+    let scores = scores.mask_fill(hidden, f64::NEG_INFINITY);
     let maximum = scores.clone().detach().max_dim(3);
-    let weights = (scores - maximum.clone()).exp().mask_fill(hidden, 0.0);
+    let weights = (scores - shift(maximum.clone())).exp();
     let total = weights.clone().sum_dim(3);
     let values = dropout(weights, options.dropout, options.dropout_key)
         .reshape([batch_size, n_kv_heads, rows, key_length])
@@ -58,6 +55,23 @@ pub(super) fn attend(
         values,
     };
     Sums::merge(vec![sums], options.sinks.clone()).finish()
+}
+
+/// What ALiBi takes from the scores, by head on axis 1. Computed in f32 at least: 16-bit floats do not tell distances
+/// apart.
+pub(super) fn penalty<const D: usize>(
+    distance: Tensor<D, Int>,
+    slopes: &[f64],
+    dtype: DType,
+) -> Tensor<D> {
+    let computed_in = match dtype {
+        DType::F64 => DType::F64,
+        _ => DType::F32,
+    };
+    let mut shape = [1; D];
+    shape[1] = slopes.len();
+    let slopes = Tensor::<1>::from_data(slopes, (&distance.device(), computed_in));
+    (distance.float().cast(computed_in) * slopes.reshape(shape)).cast(dtype)
 }
 
 /// The bounded scores.

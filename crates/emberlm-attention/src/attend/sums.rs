@@ -3,7 +3,7 @@
 use burn::tensor::Tensor;
 
 /// Of each query, over some of its keys: the largest score `m` (without gradient), the total `l = sum e^(s - m)` and
-/// the weighted values `o = sum e^(s - m) v`. `l` and `o` are zero for a query without keys.
+/// the weighted values `o = sum e^(s - m) v`. For a query without keys `m` is negative infinity, `l` and `o` are zero.
 ///
 /// Shapes: `[batch_size, n_heads, query_length, 1]`, values `[batch_size, n_heads, query_length, d_value]`.
 pub(super) struct Sums {
@@ -12,8 +12,12 @@ pub(super) struct Sums {
     pub(super) values: Tensor<4>,
 }
 
-/// The maximum of a query without keys. Finite, so that differences are.
-pub(super) const NO_SCORE: f64 = -1e30;
+/// What to subtract from scores of this maximum: the maximum, or zero where it is infinite, so that no difference is
+/// of two infinities.
+pub(super) fn shift<const D: usize>(maximum: Tensor<D>) -> Tensor<D> {
+    let infinite = maximum.clone().is_inf();
+    maximum.mask_fill(infinite, 0.0)
+}
 
 impl Sums {
     /// Brings pieces over disjoint keys, and a sink a head, to the maximum of all, and adds them.
@@ -31,7 +35,7 @@ impl Sums {
                 let logits = sinks.reshape([1, n_heads, 1, 1]).expand(shape);
                 let maximum = logits.clone().detach();
                 merged.add(Self {
-                    total: (logits - maximum.clone()).exp(),
+                    total: (logits - shift(maximum.clone())).exp(),
                     values: merged.values.zeros_like(),
                     maximum,
                 })
@@ -41,8 +45,9 @@ impl Sums {
 
     fn add(&self, other: Self) -> Self {
         let maximum = self.maximum.clone().max_pair(other.maximum.clone());
-        let here = (self.maximum.clone() - maximum.clone()).exp();
-        let there = (other.maximum - maximum.clone()).exp();
+        let shift = shift(maximum.clone());
+        let here = (self.maximum.clone() - shift.clone()).exp();
+        let there = (other.maximum - shift).exp();
         Self {
             maximum,
             total: self.total.clone() * here.clone() + other.total * there.clone(),
@@ -55,7 +60,8 @@ impl Sums {
     pub(super) fn finish(self) -> (Tensor<4>, Tensor<4>) {
         let empty = self.total.clone().detach().equal_elem(0.0);
         let total = self.total.mask_fill(empty.clone(), 1.0);
-        let log_sum_exp = (self.maximum + total.clone().log()).mask_fill(empty, f64::NEG_INFINITY);
+        let log_sum_exp = shift(self.maximum) + total.clone().log();
+        let log_sum_exp = log_sum_exp.mask_fill(empty, f64::NEG_INFINITY);
         (self.values / total, log_sum_exp)
     }
 }

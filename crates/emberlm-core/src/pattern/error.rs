@@ -19,6 +19,11 @@ pub enum PatternError {
         /// The field's name.
         field: &'static str,
     },
+    /// Random blocks that are drawn anew when the sequence grows, in a model that decodes.
+    #[error(
+        "random blocks of the whole sequence change as it grows: a model that decodes needs blocks of the past (random-past, bigbird-causal)"
+    )]
+    ChangesWithLength,
     /// A combination of no patterns.
     #[error("{field} must combine at least one pattern, got none")]
     Empty {

@@ -366,6 +366,14 @@ impl Pattern {
         }
     }
 
+    /// Whether what a query sees may change while the sequence grows behind it: then decoding step by step differs from
+    /// one pass over the whole.
+    pub fn changes_with_length(&self) -> bool {
+        let (_, parts) = self.combined();
+        let everywhere = matches!(self, Self::Random(random) if random.reach == Reach::Everywhere);
+        everywhere || parts.iter().any(Self::changes_with_length)
+    }
+
     /// Whether heads may see different keys.
     pub(crate) fn depends_on_head(&self) -> bool {
         let (_, parts) = self.combined();

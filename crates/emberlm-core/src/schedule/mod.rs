@@ -106,6 +106,7 @@ pub struct Schedule {
     parts: Vec<Part>,
     masks: MaskTable,
     statistics: Statistics,
+    by_batch: bool,
 }
 
 /// Pairs of a schedule that share an order of queries and keys.
@@ -265,12 +266,18 @@ impl Schedule {
             parts,
             masks,
             statistics,
+            by_batch,
         })
     }
 
     /// The lengths that it was compiled for.
     pub fn lengths(&self) -> &Lengths {
         &self.lengths
+    }
+
+    /// Whether batch rows may see different keys. Else a schedule for one row serves any number.
+    pub fn is_by_batch(&self) -> bool {
+        self.by_batch
     }
 
     /// The sizes of its blocks.

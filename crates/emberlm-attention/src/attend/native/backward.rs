@@ -171,16 +171,22 @@ fn run_heads<E: Stored>(
         value: zeros(sizes.key_length * d_value),
     };
     let group = sizes.n_heads / sizes.n_kv_heads;
+    let mut packed = Vec::new();
     for (i, head_row) in heads.iter().copied().enumerate() {
         let (batch, head) = (head_row / sizes.n_heads, head_row % sizes.n_heads);
         sums.query.fill(E::Real::default());
         if i % group == 0 {
+            let at = [batch, sizes.kv_head(head)];
+            packed = parts
+                .iter()
+                .map(|parts| PackedKeys::new(problem, parts.part, at))
+                .collect();
             sums.key.fill(E::Real::default());
             sums.value.fill(E::Real::default());
         }
         let rows = QueryRows::new(problem, saved, batch, head);
-        for PartPositions { part, keys } in parts {
-            Pass::new(problem, part, keys, [batch, head], saved, &rows).run(&mut sums, outputs);
+        for (part, packed) in parts.iter().zip(&packed) {
+            Pass::new(problem, part, packed, [batch, head], saved, &rows).run(&mut sums, outputs);
         }
         let one = E::Real::from_f64(1.0);
         // Safety: this task is the only one with these heads.
@@ -269,6 +275,10 @@ impl<R: Real> QueryRows<R> {
                 for (o, d) in output.iter().zip(&d_output) {
                     sum += *o * *d;
                 }
+                // A query without keys has no gradient, whatever comes from behind.
+                if saved.log_sum_exp[first + query] == R::NEG_INFINITY {
+                    return R::default();
+                }
                 if problem.with_log_sum_exp {
                     sum = sum
                         - saved
@@ -292,6 +302,24 @@ impl<R: Real> QueryRows<R> {
     }
 }
 
+/// Keys by rows and by columns, values by columns, in the order of a part: what the heads of a group share.
+struct PackedKeys<R> {
+    keys: Vec<R>,
+    key_columns: Vec<R>,
+    value_columns: Vec<R>,
+}
+
+impl<R: Real> PackedKeys<R> {
+    fn new<E: Stored<Real = R>>(problem: &Problem<'_, E>, part: &Part, at: [usize; 2]) -> Self {
+        let order = part.key_order();
+        Self {
+            keys: pack_rows(problem.key, at, order, R::from_f64(1.0)),
+            key_columns: pack_columns(problem.key, at, order),
+            value_columns: pack_columns(problem.value, at, order),
+        }
+    }
+}
+
 /// One part of one head.
 struct Pass<'a, 'b, E: Stored> {
     problem: &'a Problem<'b, E>,
@@ -303,10 +331,7 @@ struct Pass<'a, 'b, E: Stored> {
     /// Scaled queries, and gradients of the output, in the order of the part.
     queries: Vec<E::Real>,
     d_outputs: Vec<E::Real>,
-    /// Keys by rows and by columns, values by columns.
-    keys: Vec<E::Real>,
-    key_columns: Vec<E::Real>,
-    value_columns: Vec<E::Real>,
+    packed: &'a PackedKeys<E::Real>,
     /// In the order of the part.
     log_sum_exp: Vec<E::Real>,
     delta: Vec<E::Real>,
@@ -315,16 +340,15 @@ struct Pass<'a, 'b, E: Stored> {
 impl<'a, 'b, E: Stored> Pass<'a, 'b, E> {
     fn new(
         problem: &'a Problem<'b, E>,
-        part: &'a Part,
-        key_positions: &'a [E::Real],
+        PartPositions { part, keys }: &'a PartPositions<'a, E::Real>,
+        packed: &'a PackedKeys<E::Real>,
         [batch, head]: [usize; 2],
         saved: &Saved<'_, E>,
         rows: &QueryRows<E::Real>,
     ) -> Self {
         let sizes = problem.sizes();
         let one = E::Real::from_f64(1.0);
-        let (queries, keys) = (part.query_order(), part.key_order());
-        let kv = [batch, sizes.kv_head(head)];
+        let queries = part.query_order();
         let in_order = |x: &[E::Real]| match queries {
             None => x.to_vec(),
             Some(order) => order.iter().map(|i| x[*i as usize]).collect(),
@@ -337,7 +361,7 @@ impl<'a, 'b, E: Stored> Pass<'a, 'b, E> {
             bias_row: problem
                 .bias_at(batch, head)
                 .map_or(0, |(bias, [b, h])| b * bias.dims()[1] + h),
-            key_positions,
+            key_positions: keys,
             queries: pack_rows(problem.query, [batch, head], queries, problem.scores.scale),
             d_outputs: pack_rows(
                 saved.d_output.first_columns(sizes.d_value),
@@ -345,9 +369,7 @@ impl<'a, 'b, E: Stored> Pass<'a, 'b, E> {
                 queries,
                 one,
             ),
-            keys: pack_rows(problem.key, kv, keys, one),
-            key_columns: pack_columns(problem.key, kv, keys),
-            value_columns: pack_columns(problem.value, kv, keys),
+            packed,
             log_sum_exp: in_order(&rows.log_sum_exp),
             delta: in_order(&rows.delta),
         }
@@ -492,9 +514,17 @@ impl<E: Stored> Work<'_, '_, E> {
         unsafe {
             let query = pass.queries.as_ptr().add(first_query * d_head);
             let d_output = pass.d_outputs.as_ptr().add(first_query * d_value);
-            let key = pass.keys.as_ptr().add(first_key * d_head);
-            let key_columns = pass.key_columns.as_ptr().add(first_key * sizes.d_head);
-            let value_columns = pass.value_columns.as_ptr().add(first_key * sizes.d_value);
+            let key = pass.packed.keys.as_ptr().add(first_key * d_head);
+            let key_columns = pass
+                .packed
+                .key_columns
+                .as_ptr()
+                .add(first_key * sizes.d_head);
+            let value_columns = pass
+                .packed
+                .value_columns
+                .as_ptr()
+                .add(first_key * sizes.d_value);
             let d_query = self.d_query[first_query * d_head..][..n_queries * d_head].as_mut_ptr();
 
             tile::product::<_, S, false>(
@@ -512,7 +542,7 @@ impl<E: Stored> Work<'_, '_, E> {
                 Rows::new(weights, BLOCK),
             );
             for i in 0..n_queries {
-                self.row(simd, i, block, first_key);
+                self.row(simd, i, block, key_block);
             }
             tile::product::<_, S, true>(
                 simd,
@@ -540,22 +570,19 @@ impl<E: Stored> Work<'_, '_, E> {
 
     /// Turns the products of one query into gradients of scores, and the gradients of its weights into weights.
     #[inline(always)]
-    unsafe fn row<S: Simd>(&mut self, simd: S, i: usize, block: &Block<'_>, first_key: usize) {
+    unsafe fn row<S: Simd>(&mut self, simd: S, i: usize, block: &Block<'_>, key_block: usize) {
         let lanes = lanes::<E::Real, S>();
         let pass = self.pass;
         let row_in_part = block.index * BLOCK + i;
-        let query = pass
-            .part
-            .query_order()
-            .map_or(row_in_part, |order| order[row_in_part] as usize);
-        let place = Row {
-            query,
-            position: E::Real::from_f64((pass.problem.first_position() + query) as f64),
-            key_positions: &pass.key_positions[first_key..first_key + BLOCK],
-            first_key,
-            key_order: pass.part.key_order(),
-            visible: block.mask.map(|mask| mask[i]),
-        };
+        let visible = block.mask.map(|mask| mask[i]);
+        let place = Row::new(
+            pass.problem,
+            pass.part,
+            pass.key_positions,
+            row_in_part,
+            key_block,
+            visible,
+        );
         // Safety: rows of BLOCK elements, a multiple of the lanes.
         unsafe {
             let scores = self.scratch.scores.as_mut_ptr().add(i * BLOCK);
@@ -583,7 +610,7 @@ impl<E: Stored> Work<'_, '_, E> {
             }
             if let (Some((bias, _)), true) = (&pass.head.bias, self.outputs.with_bias) {
                 let [_, _, n_queries, n_keys] = bias.dims();
-                let row = (pass.bias_row * n_queries + query) * n_keys;
+                let row = (pass.bias_row * n_queries + place.query) * n_keys;
                 for j in 0..pass.head.n_keys(&place) {
                     let at = row + pass.head.key(&place, j);
                     // All heads that see this bias are in one task.

@@ -99,15 +99,8 @@ impl<E: Stored> WithSimd for HeadRows<'_, '_, E> {
                     .copy_row(at, problem.scores.scale, &mut query_row);
                 let spans = rows.spans(row / BLOCK);
                 for block in blocks(problem.schedule.masks(), spans) {
-                    let first_key = block.index * BLOCK;
-                    let place = Row {
-                        query,
-                        position: E::Real::from_f64((problem.first_position() + query) as f64),
-                        key_positions: &key_positions[first_key..first_key + BLOCK],
-                        first_key,
-                        key_order: part.key_order(),
-                        visible: block.mask.map(|mask| mask[row % BLOCK]),
-                    };
+                    let visible = block.mask.map(|mask| mask[row % BLOCK]);
+                    let place = Row::new(problem, part, key_positions, row, block.index, visible);
                     if place.visible == Some(0) {
                         continue;
                     }

@@ -112,7 +112,7 @@ struct Packed<R> {
     values: Vec<R>,
 }
 
-/// Private memory of a thread.
+/// Private memory of a job.
 struct Scratch<R> {
     query: Vec<R>,
     scores: Vec<R>,
@@ -142,10 +142,13 @@ fn run_part<E: Stored>(
     let key_positions = positions(n_keys, part.key_order());
     let arch = Arch::new();
     let n_blocks = n_queries.div_ceil(BLOCK);
-    (0..sizes.batch_size * sizes.n_heads * n_blocks)
+    let n_tiles = sizes.batch_size * sizes.n_heads * n_blocks;
+    // The tiles of a causal pattern differ in length: small jobs even that out. Each job makes its memory, so where
+    // there are many tiles a job has a few.
+    let tiles_of_a_job = (n_tiles / (32 * rayon::current_num_threads())).clamp(1, 4);
+    (0..n_tiles)
         .into_par_iter()
-        // The tiles of a causal pattern differ in length: single ones even that out.
-        .with_max_len(1)
+        .with_max_len(tiles_of_a_job)
         .for_each_init(
             || Scratch {
                 query: vec![E::Real::default(); BLOCK * padded(sizes.d_head)],
@@ -167,7 +170,7 @@ fn run_part<E: Stored>(
                 arch.dispatch(Tile {
                     problem,
                     layout: part.layout(batch, head),
-                    key_order: part.key_order(),
+                    part,
                     key_positions: &key_positions,
                     packed: &packed[batch * sizes.n_kv_heads + sizes.kv_head(head)],
                     task: &task,
@@ -211,7 +214,7 @@ fn begin<E: Stored>(
 struct Tile<'a, 'b, E: Stored> {
     problem: &'a Problem<'b, E>,
     layout: &'a Layout,
-    key_order: Option<&'a [u32]>,
+    part: &'a Part,
     key_positions: &'a [E::Real],
     packed: &'a Packed<E::Real>,
     task: &'a Task<'a>,
@@ -292,17 +295,17 @@ impl<E: Stored> Tile<'_, '_, E> {
         }
     }
 
+    #[inline(always)]
     fn place(&self, i: usize, block: &Block<'_>, visible: Option<u64>) -> Row<'_, E> {
-        let query = self.task.query(i);
-        let first_key = block.index * BLOCK;
-        Row {
-            query,
-            position: E::Real::from_f64((self.problem.first_position() + query) as f64),
-            key_positions: &self.key_positions[first_key..first_key + BLOCK],
-            first_key,
-            key_order: self.key_order,
+        let row = self.task.rows.start + i;
+        Row::new(
+            self.problem,
+            self.part,
+            self.key_positions,
+            row,
+            block.index,
             visible,
-        }
+        )
     }
 
     /// Adds the weighted values of some key blocks; blocks that follow each other are one product.

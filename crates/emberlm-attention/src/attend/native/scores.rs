@@ -1,6 +1,6 @@
 //! From products to scores, one row of one block after another: cap, distance, bias, hidden keys.
 
-use emberlm_core::RandomKey;
+use emberlm_core::{Part, RandomKey};
 use emberlm_kernels::{Real, Stored, View, lanes};
 use pulp::Simd;
 
@@ -20,6 +20,30 @@ pub(super) struct Row<'a, E: Stored> {
     pub(super) key_order: Option<&'a [u32]>,
     /// The keys that are visible, a bit each; nothing where all are.
     pub(super) visible: Option<u64>,
+}
+
+impl<'a, E: Stored> Row<'a, E> {
+    /// Row `row` of a part against one key block.
+    #[inline(always)]
+    pub(super) fn new(
+        problem: &Problem<'_, E>,
+        part: &'a Part,
+        key_positions: &'a [E::Real],
+        row: usize,
+        key_block: usize,
+        visible: Option<u64>,
+    ) -> Self {
+        let query = part.query_order().map_or(row, |order| order[row] as usize);
+        let first_key = key_block * BLOCK;
+        Self {
+            query,
+            position: E::Real::from_f64((problem.first_position() + query) as f64),
+            key_positions: &key_positions[first_key..first_key + BLOCK],
+            first_key,
+            key_order: part.key_order(),
+            visible,
+        }
+    }
 }
 
 /// What one head of one batch row adds to its scores.
