@@ -11,7 +11,7 @@ use std::{
 use clap::Parser;
 use emberlm::core::{BatchData, BlockSizes, Lengths, Pattern, Picture, Schedule};
 use emberlm_examples::{exit_with, say};
-use plotters::prelude::{BitMapBackend, IntoDrawingArea, RGBColor, Rectangle};
+use plotters::prelude::{BitMapBackend, IntoDrawingArea, RGBColor};
 use thiserror::Error;
 
 /// Show which keys each query sees
@@ -135,12 +135,12 @@ fn draw(picture: &Picture, cell: usize, path: &Path) -> Result<(), String> {
     let area = BitMapBackend::new(path, size).into_drawing_area();
     let (light, dark) = (RGBColor(242, 239, 232), RGBColor(31, 58, 95));
     area.fill(&light).map_err(|error| error.to_string())?;
-    let at = |i: usize| (i * cell) as i32;
-    for row in 0..height {
-        for column in (0..width).filter(|column| picture.is_visible(row, *column)) {
-            let corners = [(at(column), at(row)), (at(column + 1) - 1, at(row + 1) - 1)];
-            let pair = Rectangle::new(corners, plotters::style::Color::filled(&dark));
-            area.draw(&pair).map_err(|error| error.to_string())?;
+    for row in 0..height * cell {
+        for column in 0..width * cell {
+            if picture.is_visible(row / cell, column / cell) {
+                area.draw_pixel((column as i32, row as i32), &dark)
+                    .map_err(|error| error.to_string())?;
+            }
         }
     }
     area.present().map_err(|error| error.to_string())
