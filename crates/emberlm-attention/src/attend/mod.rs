@@ -251,9 +251,7 @@ fn visit_visible(
                             let visible = match *span {
                                 Span::Full { .. } => true,
                                 Span::Partial { mask, .. } => {
-                                    schedule.masks().row(mask, row)[column / 64] >> (column % 64)
-                                        & 1
-                                        == 1
+                                    schedule.masks().is_visible(mask, row, column)
                                 }
                             };
                             if visible {

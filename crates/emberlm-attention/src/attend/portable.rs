@@ -204,9 +204,8 @@ impl Gathered {
                             match *span {
                                 Span::Full { .. } => hidden.fill(false),
                                 Span::Partial { mask, .. } => {
-                                    let words = schedule.masks().row(mask, row);
                                     for (j, hidden) in hidden.iter_mut().enumerate() {
-                                        *hidden = words[j / 64] >> (j % 64) & 1 == 0;
+                                        *hidden = !schedule.masks().is_visible(mask, row, j);
                                     }
                                 }
                             }

@@ -90,21 +90,25 @@ impl Fixed {
 
     /// First and one past the last column of the summary within a stride block.
     pub(crate) fn columns(&self) -> Option<[usize; 2]> {
+        let [n_summary, sub_index] = self.summary_columns()?;
+        let end = self.stride() - sub_index * n_summary;
+        Some([end - n_summary, end])
+    }
+
+    /// `n_summary` and `sub_index`, where there is a summary.
+    fn summary_columns(&self) -> Option<[usize; 2]> {
         match *self {
             Self::Local { .. } => None,
             Self::Merged {
-                stride,
                 n_summary,
                 sub_index,
+                ..
             }
             | Self::Summary {
-                stride,
                 n_summary,
                 sub_index,
-            } => {
-                let end = stride - sub_index * n_summary;
-                Some([end - n_summary, end])
-            }
+                ..
+            } => Some([n_summary, sub_index]),
         }
     }
 
@@ -124,17 +128,8 @@ impl Fixed {
 
     pub(super) fn validate(&self) -> Result<(), PatternError> {
         PatternError::require_positive("fixed.stride", self.stride())?;
-        let (Self::Merged {
-            stride,
-            n_summary,
-            sub_index,
-        }
-        | Self::Summary {
-            stride,
-            n_summary,
-            sub_index,
-        }) = *self
-        else {
+        let stride = self.stride();
+        let Some([n_summary, sub_index]) = self.summary_columns() else {
             return Ok(());
         };
         PatternError::require_positive("fixed.n_summary", n_summary)?;

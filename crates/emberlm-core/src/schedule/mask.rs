@@ -63,6 +63,15 @@ impl MaskTable {
         &self.words(mask)[row * self.words_per_row..][..self.words_per_row]
     }
 
+    /// Whether a pair of a block is visible.
+    ///
+    /// # Panics
+    ///
+    /// If there is no such mask, row or column.
+    pub fn is_visible(&self, mask: u32, row: usize, column: usize) -> bool {
+        self.row(mask, row)[column / 64] >> (column % 64) & 1 == 1
+    }
+
     /// Visible pairs of a mask.
     ///
     /// # Panics

@@ -191,8 +191,8 @@ fn run_heads<E: Stored>(
         let one = E::Real::from_f64(1.0);
         // Safety: this task is the only one with these heads.
         unsafe {
-            if let Some(sinks) = &problem.sinks {
-                outputs.sinks.part(head_row, 1)[0] = rows.d_sink(sinks[head]);
+            if let Some(sink) = problem.sink(head) {
+                outputs.sinks.part(head_row, 1)[0] = rows.d_sink(sink);
             }
             let at = [batch, head, sizes.n_heads];
             write(
@@ -223,7 +223,7 @@ unsafe fn write<E: Stored>(
     width: usize,
     scale: E::Real,
 ) {
-    let length = rows.len() / padded(width).max(1);
+    let length = rows.len() / padded(width);
     for (i, row) in rows.chunks_exact(padded(width)).enumerate() {
         let at = (batch * length + i) * n_heads + head;
         // Safety: the caller's.
@@ -268,16 +268,16 @@ impl<R: Real> QueryRows<R> {
         let one = R::from_f64(1.0);
         let delta = (0..sizes.query_length)
             .map(|query| {
+                // A query without keys has no gradient, whatever comes from behind.
+                if saved.log_sum_exp[first + query] == R::NEG_INFINITY {
+                    return R::default();
+                }
                 let at = [batch, head, query];
                 saved_output.copy_row(at, one, &mut output);
                 saved_d_output.copy_row(at, one, &mut d_output);
                 let mut sum = R::default();
                 for (o, d) in output.iter().zip(&d_output) {
                     sum += *o * *d;
-                }
-                // A query without keys has no gradient, whatever comes from behind.
-                if saved.log_sum_exp[first + query] == R::NEG_INFINITY {
-                    return R::default();
                 }
                 if problem.with_log_sum_exp {
                     sum = sum
@@ -388,33 +388,19 @@ impl<E: Stored> Pass<'_, '_, E> {
             value: zeros(BLOCK * padded(sizes.d_value)),
         };
         let arch = Arch::new();
-        match self.part.query_order() {
-            None => arch.dispatch(Work {
-                pass: self,
-                outputs,
-                d_query: &mut sums.query,
-                d_key: &mut sums.key,
-                d_value: &mut sums.value,
-                scratch: &mut scratch,
-            }),
-            Some(order) => {
-                let mut d_query = zeros(order.len() * padded(sizes.d_head));
-                arch.dispatch(Work {
-                    pass: self,
-                    outputs,
-                    d_query: &mut d_query,
-                    d_key: &mut sums.key,
-                    d_value: &mut sums.value,
-                    scratch: &mut scratch,
-                });
-                add_rows(
-                    &mut sums.query,
-                    &d_query,
-                    padded(sizes.d_head),
-                    0,
-                    Some(order),
-                );
-            }
+        let d_head = padded(sizes.d_head);
+        let order = self.part.query_order();
+        let mut gathered = order.map(|order| zeros(order.len() * d_head));
+        arch.dispatch(Work {
+            pass: self,
+            outputs,
+            d_query: gathered.as_mut().unwrap_or(&mut sums.query),
+            d_key: &mut sums.key,
+            d_value: &mut sums.value,
+            scratch: &mut scratch,
+        });
+        if let Some(d_query) = gathered {
+            add_rows(&mut sums.query, &d_query, d_head, 0, order);
         }
     }
 

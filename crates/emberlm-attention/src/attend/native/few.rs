@@ -38,8 +38,8 @@ pub(super) fn run<E: Stored>(problem: &Problem<'_, E>, results: &Results<'_, E>)
         .for_each(|head_row| {
             let (batch, head) = (head_row / sizes.n_heads, head_row % sizes.n_heads);
             let mut sums = Sums::new(sizes.query_length, padded(sizes.d_value));
-            if let Some(sinks) = &problem.sinks {
-                sums.begin_with_sink(sinks[head]);
+            for query in 0..sizes.query_length {
+                sums.row_mut(query).begin(problem.sink(head));
             }
             arch.dispatch(HeadRows {
                 problem,

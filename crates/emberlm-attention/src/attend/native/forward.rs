@@ -60,11 +60,9 @@ pub(super) fn forward<E: Stored>(problem: &Problem<'_, E>) -> Forward<E> {
         // What is known of each query goes from part to part; each query stands in one tile of a part at most.
         let width = padded(sizes.d_value);
         let mut state = Sums::new(n_rows, width);
-        for (row, (maximum, total)) in state.maxima.iter_mut().zip(&mut state.totals).enumerate() {
-            if let Some(sinks) = &problem.sinks {
-                *maximum = sinks[row / sizes.query_length % sizes.n_heads];
-                *total = E::Real::from_f64(1.0);
-            }
+        for row in 0..n_rows {
+            let head = row / sizes.query_length % sizes.n_heads;
+            state.row_mut(row).begin(problem.sink(head));
         }
         for part in parts {
             let shared = state.share();
@@ -195,17 +193,10 @@ fn begin<E: Stored>(
         let row = &mut scratch.query[i * width..(i + 1) * width];
         problem.query.copy_row(at, problem.scores.scale, row);
         let sums = scratch.sums.row_mut(i);
-        match (state, &problem.sinks) {
-            (Some(state), _) => {
-                // Safety: the row is in this task alone.
-                sums.copy_from(unsafe { state.row(task.head_row(&sizes, i)) }.as_ref());
-            }
-            (None, sinks) => {
-                let sink = sinks.as_ref().map(|sinks| sinks[task.head]);
-                *sums.maximum = sink.unwrap_or(E::Real::NEG_INFINITY);
-                *sums.total = E::Real::from_f64(if sink.is_some() { 1.0 } else { 0.0 });
-                sums.values.fill(E::Real::default());
-            }
+        match state {
+            // Safety: the row is in this task alone.
+            Some(state) => sums.copy_from(unsafe { state.row(task.head_row(&sizes, i)) }.as_ref()),
+            None => sums.begin(problem.sink(task.head)),
         }
     }
 }

@@ -63,6 +63,7 @@ pub(in crate::attend) trait NativeAttention: Backend {
 }
 
 /// The tensors of a call, on a device that [`NativeAttention`] is listed for.
+#[derive(Debug, Clone)]
 pub(in crate::attend) struct Inputs<T4, T1> {
     pub(in crate::attend) query: T4,
     pub(in crate::attend) key: T4,
@@ -158,69 +159,46 @@ fn with_problem<B: HostBackend, E: Stored, R>(
     })
 }
 
-#[cfg(feature = "flex")]
-impl NativeAttention for burn::backend::Flex {
-    fn native_attention(
-        query: FloatTensor<Self>,
-        key: FloatTensor<Self>,
-        value: FloatTensor<Self>,
-        bias: FloatTensor<Self>,
-        sinks: FloatTensor<Self>,
-        spec: Arc<Spec>,
-    ) -> FloatTensor<Self> {
-        untracked::<Self>(
-            Inputs {
-                query,
-                key,
-                value,
-                bias,
-                sinks,
-            },
-            &spec,
-        )
-        .0
-    }
+macro_rules! on_host {
+    ($backend:ty) => {
+        impl NativeAttention for $backend {
+            fn native_attention(
+                query: FloatTensor<Self>,
+                key: FloatTensor<Self>,
+                value: FloatTensor<Self>,
+                bias: FloatTensor<Self>,
+                sinks: FloatTensor<Self>,
+                spec: Arc<Spec>,
+            ) -> FloatTensor<Self> {
+                let inputs = Inputs {
+                    query,
+                    key,
+                    value,
+                    bias,
+                    sinks,
+                };
+                untracked::<Self>(&inputs, &spec).0
+            }
+        }
+    };
 }
 
+#[cfg(feature = "flex")]
+on_host!(burn::backend::Flex);
 #[cfg(feature = "ndarray")]
-impl NativeAttention for burn::backend::NdArray {
-    fn native_attention(
-        query: FloatTensor<Self>,
-        key: FloatTensor<Self>,
-        value: FloatTensor<Self>,
-        bias: FloatTensor<Self>,
-        sinks: FloatTensor<Self>,
-        spec: Arc<Spec>,
-    ) -> FloatTensor<Self> {
-        untracked::<Self>(
-            Inputs {
-                query,
-                key,
-                value,
-                bias,
-                sinks,
-            },
-            &spec,
-        )
-        .0
-    }
-}
+on_host!(burn::backend::NdArray);
 
 fn untracked<B: HostBackend>(
-    inputs: Primitives<B>,
+    inputs: &Primitives<B>,
     spec: &Spec,
 ) -> (FloatTensor<B>, Arc<dyn Any + Send + Sync>) {
-    by_dtype!(inputs.query.dtype(), host_forward::<B>(&inputs, spec))
+    by_dtype!(inputs.query.dtype(), host_forward::<B>(inputs, spec))
 }
 
 /// What the backward pass keeps: the inputs, the output and the log-sum-exp, but no scores.
 #[derive(Debug, Clone)]
 struct State<B: Backend> {
-    query: FloatTensor<B>,
-    key: FloatTensor<B>,
-    value: FloatTensor<B>,
-    bias: FloatTensor<B>,
-    sinks: FloatTensor<B>,
+    inputs: Primitives<B>,
     output: FloatTensor<B>,
     log_sum_exp: Arc<dyn Any + Send + Sync>,
     spec: Arc<Spec>,
@@ -240,7 +218,7 @@ impl<B: HostBackend> Backward<B, 5> for NativeAttentionBackward {
     ) {
         let d_output = gradients.consume::<B>(&ops.node);
         let with_bias = ops.parents[3].is_some();
-        let dtype = ops.state.query.dtype();
+        let dtype = ops.state.inputs.query.dtype();
         let computed = by_dtype!(dtype, host_backward::<B>(ops.state, d_output, with_bias));
         for (parent, gradient) in ops.parents.into_iter().zip(computed) {
             if let (Some(parent), Some(gradient)) = (parent, gradient) {
@@ -256,21 +234,18 @@ fn host_backward<B: HostBackend, E: Stored>(
     d_output: FloatTensor<B>,
     with_bias: bool,
 ) -> [Option<FloatTensor<B>>; 5] {
-    let spec = state.spec;
-    let inputs = Inputs {
-        query: state.query,
-        key: state.key,
-        value: state.value,
-        bias: state.bias,
-        sinks: state.sinks,
-    };
-    let log_sum_exp = state
-        .log_sum_exp
+    let State {
+        inputs,
+        output,
+        log_sum_exp,
+        spec,
+    } = state;
+    let log_sum_exp = log_sum_exp
         .downcast_ref::<Vec<E::Real>>()
         .expect("the forward pass computed in the same type");
     with_problem::<B, E, _>(&inputs, &spec, |problem| {
         let sizes = problem.sizes();
-        let computed = B::with_view::<E, _>(&state.output, |output| {
+        let computed = B::with_view::<E, _>(&output, |output| {
             B::with_view::<E, _>(&d_output, |d_output| {
                 let saved = Saved {
                     output,
@@ -337,16 +312,7 @@ impl<B: HostBackend + NativeAttention, C: CheckpointStrategy> NativeAttention fo
             bias: bias.into_primitive(),
             sinks: sinks.into_primitive(),
         };
-        let (output, log_sum_exp) = untracked::<B>(
-            Inputs {
-                query: inputs.query.clone(),
-                key: inputs.key.clone(),
-                value: inputs.value.clone(),
-                bias: inputs.bias.clone(),
-                sinks: inputs.sinks.clone(),
-            },
-            &spec,
-        );
+        let (output, log_sum_exp) = untracked::<B>(&inputs, &spec);
         match NativeAttentionBackward
             .prepare::<C>(nodes)
             .compute_bound()
@@ -354,11 +320,7 @@ impl<B: HostBackend + NativeAttention, C: CheckpointStrategy> NativeAttention fo
         {
             OpsKind::Tracked(prep) => {
                 let state = State {
-                    query: inputs.query,
-                    key: inputs.key,
-                    value: inputs.value,
-                    bias: inputs.bias,
-                    sinks: inputs.sinks,
+                    inputs,
                     output: output.clone(),
                     log_sum_exp,
                     spec,

@@ -80,6 +80,11 @@ impl<E: Stored> Problem<'_, E> {
         d_value + usize::from(self.with_log_sum_exp)
     }
 
+    /// The logit of a head's sink.
+    pub(super) fn sink(&self, head: usize) -> Option<E::Real> {
+        self.sinks.as_ref().map(|sinks| sinks[head])
+    }
+
     /// The bias that this head of this batch row sees, as indices of the bias' first two axes.
     pub(super) fn bias_at(&self, batch: usize, head: usize) -> Option<(View<'_, E>, [usize; 2])> {
         self.bias.map(|bias| {

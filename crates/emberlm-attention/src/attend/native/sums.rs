@@ -43,12 +43,6 @@ impl<R: Real> Sums<R> {
         }
     }
 
-    /// A head's sink is there before all keys.
-    pub(super) fn begin_with_sink(&mut self, sink: R) {
-        self.maxima.fill(sink);
-        self.totals.fill(R::from_f64(1.0));
-    }
-
     pub(super) fn row(&self, i: usize) -> RowSums<'_, R> {
         RowSums {
             maximum: self.maxima[i],
@@ -92,6 +86,13 @@ impl<'a, R: Real> SharedSums<'a, R> {
 }
 
 impl<R: Real> RowSumsMut<'_, R> {
+    /// Before all keys there is the head's sink, if it has one.
+    pub(super) fn begin(self, sink: Option<R>) {
+        *self.maximum = sink.unwrap_or(R::NEG_INFINITY);
+        *self.total = sink.map_or(R::default(), |_| R::from_f64(1.0));
+        self.values.fill(R::default());
+    }
+
     pub(super) fn copy_from(self, from: RowSums<'_, R>) {
         *self.maximum = from.maximum;
         *self.total = from.total;
