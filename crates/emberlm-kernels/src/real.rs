@@ -85,8 +85,46 @@ pub trait Real:
     fn vexp<S: Simd>(simd: S, x: Self::Vector<S>) -> Self::Vector<S>;
     /// The natural logarithm of one element.
     fn ln(self) -> Self;
+    /// The square root of one element.
+    fn sqrt(self) -> Self;
     /// `e^x` of one element.
     fn exp(self) -> Self;
+
+    /// Reads `n` elements, at most a vector of them, and zeros behind them.
+    ///
+    /// # Safety
+    ///
+    /// `n` elements can be read from `from`.
+    #[inline(always)]
+    unsafe fn load_some<S: Simd>(simd: S, from: *const Self, n: usize) -> Self::Vector<S> {
+        // Safety: the caller's; a copy of few elements is as long as the longest vector.
+        unsafe {
+            if n >= lanes::<Self, S>() {
+                return Self::load(simd, from);
+            }
+            let mut some = [Self::default(); MAX_LANES];
+            std::ptr::copy_nonoverlapping(from, some.as_mut_ptr(), n);
+            Self::load(simd, some.as_ptr())
+        }
+    }
+
+    /// Writes the first `n` elements, at most a vector of them.
+    ///
+    /// # Safety
+    ///
+    /// `n` elements can be written to `to`.
+    #[inline(always)]
+    unsafe fn store_some<S: Simd>(simd: S, to: *mut Self, x: Self::Vector<S>, n: usize) {
+        // Safety: as above.
+        unsafe {
+            if n >= lanes::<Self, S>() {
+                return Self::store(simd, to, x);
+            }
+            let mut some = [Self::default(); MAX_LANES];
+            Self::store(simd, some.as_mut_ptr(), x);
+            std::ptr::copy_nonoverlapping(some.as_ptr(), to, n);
+        }
+    }
 
     /// `tanh x`, with an error of at most 3e-7 of its value for `f32`.
     #[inline(always)]
@@ -121,6 +159,18 @@ pub trait Real:
         let small = Self::vmul(simd, sum, x);
         Self::select_less(simd, magnitude, constant(limit), small, large)
     }
+}
+
+/// Elements of the longest vector: 64 bytes of `f32`.
+const MAX_LANES: usize = 16;
+
+/// The begin and the number of elements of each vector of `n` elements; the last may be shorter.
+#[inline(always)]
+pub fn vectors<T: Real, S: Simd>(n: usize) -> impl Iterator<Item = (usize, usize)> {
+    let lanes = lanes::<T, S>();
+    (0..n)
+        .step_by(lanes)
+        .map(move |first| (first, lanes.min(n - first)))
 }
 
 /// Number of elements in a vector of `T`.
@@ -219,6 +269,10 @@ macro_rules! real {
             #[inline(always)]
             fn ln(self) -> Self {
                 self.ln()
+            }
+            #[inline(always)]
+            fn sqrt(self) -> Self {
+                self.sqrt()
             }
             #[inline(always)]
             fn exp(self) -> Self {

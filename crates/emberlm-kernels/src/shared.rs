@@ -23,6 +23,17 @@ impl<'a, T> Shared<'a, T> {
         }
     }
 
+    /// # Safety
+    ///
+    /// The memory of `len` elements is there for `'a`, for nobody else. What is not written yet must not be read.
+    pub(crate) unsafe fn from_raw(first: *mut T, len: usize) -> Self {
+        Self {
+            first,
+            len,
+            slice: PhantomData,
+        }
+    }
+
     /// The elements from `start` on.
     ///
     /// # Safety

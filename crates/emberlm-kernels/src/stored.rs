@@ -14,6 +14,10 @@ pub trait Stored: Element + Copy + Send + Sync + sealed::Sealed + 'static {
     fn to_real(self) -> Self::Real;
     /// The nearest value.
     fn from_real(x: Self::Real) -> Self;
+    /// The same elements, if they are computed as they are stored.
+    fn as_reals(elements: &[Self]) -> Option<&[Self::Real]>;
+    /// The nearest values, without a copy if they are computed as they are stored.
+    fn from_reals(reals: Vec<Self::Real>) -> Vec<Self>;
 }
 
 mod sealed {
@@ -37,6 +41,12 @@ impl Stored for f32 {
     fn from_real(x: f32) -> f32 {
         x
     }
+    fn as_reals(elements: &[f32]) -> Option<&[f32]> {
+        Some(elements)
+    }
+    fn from_reals(reals: Vec<f32>) -> Vec<f32> {
+        reals
+    }
 }
 
 impl Stored for f64 {
@@ -49,6 +59,12 @@ impl Stored for f64 {
     #[inline(always)]
     fn from_real(x: f64) -> f64 {
         x
+    }
+    fn as_reals(elements: &[f64]) -> Option<&[f64]> {
+        Some(elements)
+    }
+    fn from_reals(reals: Vec<f64>) -> Vec<f64> {
+        reals
     }
 }
 
@@ -63,6 +79,12 @@ impl Stored for f16 {
     fn from_real(x: f32) -> f16 {
         f16::from_f32(x)
     }
+    fn as_reals(_: &[f16]) -> Option<&[f32]> {
+        None
+    }
+    fn from_reals(reals: Vec<f32>) -> Vec<f16> {
+        reals.into_iter().map(f16::from_f32).collect()
+    }
 }
 
 impl Stored for bf16 {
@@ -75,5 +97,11 @@ impl Stored for bf16 {
     #[inline(always)]
     fn from_real(x: f32) -> bf16 {
         bf16::from_f32(x)
+    }
+    fn as_reals(_: &[bf16]) -> Option<&[f32]> {
+        None
+    }
+    fn from_reals(reals: Vec<f32>) -> Vec<bf16> {
+        reals.into_iter().map(bf16::from_f32).collect()
     }
 }

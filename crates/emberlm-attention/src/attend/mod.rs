@@ -20,6 +20,7 @@ use std::sync::{Arc, Once};
 
 use burn::tensor::{Bool, Device, Tensor, TensorData};
 use emberlm_core::{BlockSizes, Schedule, Span};
+use emberlm_kernels::is_host;
 
 pub use options::{AttendOptions, ScoreCap};
 
@@ -38,7 +39,7 @@ pub enum Implementation {
 impl Implementation {
     /// The fastest for tensors on `device` and a schedule of the default block sizes.
     pub fn of(device: &Device) -> Self {
-        if native_on(device) {
+        if is_host(device) {
             Self::Native
         } else {
             Self::Portable
@@ -51,23 +52,6 @@ impl Implementation {
             true => Self::of(device),
             false => Self::Portable,
         }
-    }
-}
-
-/// Whether the kernels take tensors of this device.
-fn native_on(device: &Device) -> bool {
-    use burn::backend::DispatchDevice;
-
-    let mut device = device.as_dispatch().clone();
-    if let DispatchDevice::Autodiff(autodiff) = device {
-        device = autodiff.inner();
-    }
-    match device {
-        #[cfg(feature = "flex")]
-        DispatchDevice::Flex(_) => true,
-        #[cfg(feature = "ndarray")]
-        DispatchDevice::NdArray(_) => true,
-        _ => false,
     }
 }
 

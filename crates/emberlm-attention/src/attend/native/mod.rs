@@ -19,11 +19,9 @@ use std::sync::Arc;
 
 use burn::tensor::Tensor;
 use emberlm_core::{BlockSizes, Schedule};
+use emberlm_kernels::run_one;
 
-use self::{
-    operator::{Inputs, Spec},
-    problem::Dropout,
-};
+use self::{operator::NativeAttention, problem::Dropout};
 use super::{AttendOptions, ScoreCap};
 
 /// Queries, and keys, of a block: those of the schedules that these kernels take.
@@ -47,7 +45,7 @@ pub(super) fn attend(
     );
     let [.., d_head] = query.dims();
     let [.., d_value] = value.dims();
-    let spec = Spec {
+    let operator = NativeAttention {
         schedule: schedule.clone(),
         scale: options.scale.unwrap_or((d_head as f64).powf(-0.5)),
         cap: match options.cap {
@@ -66,19 +64,12 @@ pub(super) fn attend(
         has_sinks: options.sinks.is_some(),
         with_log_sum_exp,
     };
-    // An operator takes tensors, not options of tensors.
-    let placeholder = || Tensor::zeros([1, 1, 1, 1], (&query.device(), query.dtype()));
-    let inputs = Inputs {
-        bias: options.bias.clone().unwrap_or_else(placeholder),
-        sinks: options
-            .sinks
-            .clone()
-            .unwrap_or_else(|| placeholder().reshape([1])),
-        query,
-        key,
-        value,
-    };
-    let output = operator::attend(inputs, spec);
+    let by_rows = |x: Tensor<4>| x.swap_dims(1, 2).into_dispatch();
+    let mut inputs = vec![by_rows(query), by_rows(key), by_rows(value)];
+    inputs.extend(options.bias.clone().map(Tensor::into_dispatch));
+    inputs.extend(options.sinks.clone().map(Tensor::into_dispatch));
+    let output: Tensor<4> = run_one(operator, inputs);
+    let output = output.swap_dims(1, 2);
     if !with_log_sum_exp {
         return (output, None);
     }

@@ -1,0 +1,228 @@
+//! Linear projections.
+
+use burn::tensor::Tensor;
+use emberlm_kernels::{
+    Array, Buffer, Gradient, Operator, Pass, Real, Stored, View,
+    matrix::{Matrix, Store, product},
+    run,
+};
+
+use super::{Implementation, on_rows, sum_of_rows};
+
+/// `y = x W + b`, as burn-nn's `Linear` has it.
+///
+/// # Shapes
+///
+/// - `x`: `[.., d_input]`
+/// - `weight`: `[d_input, d_output]`, in any order of memory: a transposed table is read in place
+/// - `bias`: `[d_output]`
+/// - output: `[.., d_output]`
+///
+/// ```
+/// use burn::tensor::{Device, Tensor};
+/// use emberlm_core::operators::linear;
+///
+/// let device = Device::flex();
+/// let x = Tensor::<3>::ones([2, 5, 3], &device);
+/// let y = linear(x, Tensor::ones([3, 4], &device), Some(Tensor::ones([4], &device)));
+/// assert_eq!(y.dims(), [2, 5, 4]);
+/// assert_eq!(y.max().into_scalar::<f32>(), 4.0);
+/// ```
+///
+/// # Panics
+///
+/// If the widths disagree; the message names them.
+pub fn linear<const D: usize>(
+    x: Tensor<D>,
+    weight: Tensor<2>,
+    bias: Option<Tensor<1>>,
+) -> Tensor<D> {
+    linear_by(Implementation::of(&x.device()), x, weight, bias)
+}
+
+/// [`linear`] by a given implementation.
+///
+/// # Panics
+///
+/// As [`linear`].
+pub fn linear_by<const D: usize>(
+    implementation: Implementation,
+    x: Tensor<D>,
+    weight: Tensor<2>,
+    bias: Option<Tensor<1>>,
+) -> Tensor<D> {
+    let [output] = linears_by(implementation, x, [(weight, bias)]);
+    output
+}
+
+/// Several projections of one input, computed and differentiated together: query, key and value, or gate and up.
+///
+/// The gradient of the input is summed inside the products, not by tensor operations between them.
+///
+/// # Shapes
+///
+/// - `x`: `[.., d_input]`
+/// - each weight `[d_input, d_output]` and bias `[d_output]`, with a `d_output` of its own
+/// - outputs: `[.., d_output]`
+///
+/// # Panics
+///
+/// If the widths disagree, or there are more than three projections with a bias.
+pub fn linears<const D: usize, const N: usize>(
+    x: Tensor<D>,
+    projections: [(Tensor<2>, Option<Tensor<1>>); N],
+) -> [Tensor<D>; N] {
+    linears_by(Implementation::of(&x.device()), x, projections)
+}
+
+/// [`linears`] by a given implementation.
+///
+/// # Panics
+///
+/// As [`linears`].
+pub fn linears_by<const D: usize, const N: usize>(
+    implementation: Implementation,
+    x: Tensor<D>,
+    projections: [(Tensor<2>, Option<Tensor<1>>); N],
+) -> [Tensor<D>; N] {
+    let dims = x.dims();
+    for (weight, bias) in &projections {
+        let [d_input, d_output] = weight.dims();
+        assert_eq!(
+            dims[D - 1],
+            d_input,
+            "d_input: the input has {} components, the weight {d_input}",
+            dims[D - 1]
+        );
+        if let Some(bias) = bias {
+            let [n] = bias.dims();
+            assert_eq!(n, d_output, "d_output: the bias has {n}, the weight {d_output}");
+        }
+    }
+    if implementation != Implementation::Native {
+        return projections.map(|(weight, bias)| on_rows(x.clone(), |x| definition(x, weight, bias)));
+    }
+    let operator = Linears {
+        has_bias: projections.iter().map(|(_, bias)| bias.is_some()).collect(),
+    };
+    let n_rows = dims[..D - 1].iter().product();
+    let mut inputs = vec![x.reshape([n_rows, dims[D - 1]]).into_dispatch()];
+    let mut biases = Vec::new();
+    for (weight, bias) in projections {
+        inputs.push(weight.into_dispatch());
+        biases.extend(bias.map(Tensor::into_dispatch));
+    }
+    inputs.extend(biases);
+    run::<_, N>(operator, inputs).map(|output| {
+        let output = Tensor::<2>::from_dispatch(output);
+        let mut dims = dims;
+        dims[D - 1] = output.dims()[1];
+        output.reshape(dims)
+    })
+}
+
+fn definition(x: Tensor<4>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<4> {
+    let y = x.matmul(weight.unsqueeze());
+    match bias {
+        Some(bias) => y + bias.unsqueeze(),
+        None => y,
+    }
+}
+
+/// Inputs: `x`, the weights, then the biases of those that have one.
+#[derive(Debug)]
+struct Linears {
+    has_bias: Vec<bool>,
+}
+
+impl Linears {
+    fn n_projections(&self) -> usize {
+        self.has_bias.len()
+    }
+
+    /// Where the bias of projection `i` is among the inputs.
+    fn bias(&self, i: usize) -> Option<usize> {
+        let before = self.has_bias[..i].iter().filter(|has| **has).count();
+        self.has_bias[i].then_some(1 + self.n_projections() + before)
+    }
+}
+
+impl Operator for Linears {
+    type Saved<E: Stored> = ();
+
+    fn keeps_input(&self, i: usize) -> bool {
+        i <= self.n_projections()
+    }
+
+    fn forward<E: Stored>(&self, inputs: &[View<'_, E>]) -> (Vec<Array<E>>, ()) {
+        let x = Matrix::of_view(&inputs[0]);
+        let [n_rows, _] = x.dims();
+        let outputs = (0..self.n_projections()).map(|i| {
+            let weight = Matrix::of_view(&inputs[1 + i]);
+            let [_, width] = weight.dims();
+            let bias = self.bias(i).map(|bias| inputs[bias].reals());
+            let output = project(&x, &weight, bias.as_deref());
+            Array::from_reals(output, &[n_rows, width])
+        });
+        (outputs.collect(), ())
+    }
+
+    fn backward<E: Stored>(&self, pass: &Pass<'_, E, ()>) -> Vec<Gradient<E>> {
+        let n = self.n_projections();
+        let x = Matrix::of_view(&pass.input(0));
+        let mut d_x: Option<Vec<E::Real>> = None;
+        let mut gradients = vec![Gradient::None; pass.wanted.len()];
+        for i in 0..n {
+            let Some(d_output) = pass.gradient(i) else {
+                continue;
+            };
+            let d_output = Matrix::of_view(&d_output);
+            let weight = pass.input(1 + i);
+            if pass.wanted[0] {
+                let weight = Matrix::of_view(&weight);
+                match &mut d_x {
+                    None => d_x = Some(multiply(&d_output, &weight.transposed())),
+                    Some(d_x) => product(&d_output, &weight.transposed(), d_x, Store::Add),
+                }
+            }
+            gradients[1 + i] = pass.if_wanted(1 + i, || {
+                Array::from_reals(multiply(&x.transposed(), &d_output), weight.shape())
+            });
+            if let Some(bias) = self.bias(i) {
+                let [_, width] = d_output.dims();
+                gradients[bias] = pass.if_wanted(bias, || {
+                    let d_output = pass.gradient(i).expect("it was there").reals();
+                    Array::from_reals(sum_of_rows(&d_output, width), &[width])
+                });
+            }
+        }
+        if let Some(d_x) = d_x {
+            gradients[0] = Gradient::Of(Array::from_reals(d_x, pass.input(0).shape()));
+        }
+        gradients
+    }
+}
+
+/// `a b`
+pub(super) fn multiply<R: Real>(a: &Matrix<'_, R>, b: &Matrix<'_, R>) -> Vec<R> {
+    project(a, b, None)
+}
+
+fn project<R: Real>(a: &Matrix<'_, R>, b: &Matrix<'_, R>, bias: Option<&[R]>) -> Vec<R> {
+    let ([n_rows, inner], [_, width]) = (a.dims(), b.dims());
+    let mut output = Buffer::new(n_rows * width);
+    // Safety: nobody else has the buffer; a product that replaces writes all of it, but for an empty inner axis.
+    unsafe {
+        let to = output.shared().part(0, n_rows * width);
+        match bias {
+            Some(bias) if width > 0 => {
+                to.chunks_exact_mut(width)
+                    .for_each(|row| row.copy_from_slice(bias));
+                product(a, b, to, Store::Add);
+            }
+            _ if inner == 0 => to.fill(R::default()),
+            _ => product(a, b, to, Store::Replace),
+        }
+        output.finish()
+    }
+}

@@ -1,0 +1,115 @@
+//! The fused operators of the layers: each one file, with its definition, its kernels and its backward pass.
+//!
+//! Every operator is a function on tensors that computes the same on every backend. On the CPU backends it runs fused
+//! kernels, forward and backward; elsewhere tensor operations. [`Implementation`] says which, and the functions
+//! that end in `_by` take it from the caller.
+//!
+//! | function | what |
+//! |---|---|
+//! | [`linear`], [`linears`] | one product, or several of one input |
+//! | [`layer_norm`], [`rms_norm`], [`add_norm`] | normalisation, after the addition of a residual too |
+//! | [`activate`], [`gate`] | activations, plain and gated |
+//! | [`rotate`] | rotary positions |
+//! | [`embed`] | rows of a table, with positions |
+//! | [`cross_entropy`], [`projected_cross_entropy`] | the loss from scores, or from hidden states without holding the scores |
+//! | [`add_dropped`] | dropout and the addition of a residual |
+
+#![allow(
+    unsafe_code,
+    reason = "kernels read and write whole vectors by pointers, and threads write disjoint rows of one result"
+)]
+
+mod activation;
+mod cross_entropy;
+mod dropout;
+mod embedding;
+mod linear;
+mod norm;
+mod rotary;
+
+use burn::tensor::{Device, Tensor};
+use emberlm_kernels::{Real, is_host, kernel, rows, vectors};
+
+pub use activation::{activate, activate_by, gate, gate_by};
+pub use cross_entropy::{
+    Projection, cross_entropy, cross_entropy_by, projected_cross_entropy,
+    projected_cross_entropy_by,
+};
+pub use dropout::{add_dropped, add_dropped_by};
+pub use embedding::{embed, embed_by};
+pub use linear::{linear, linear_by, linears, linears_by};
+pub use norm::{
+    NormParameters, add_norm, add_norm_by, layer_norm, norm_by, rms_norm,
+};
+pub use rotary::{rotate, rotate_by};
+
+/// Which code computes an operator.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Implementation {
+    /// The definition in plain tensor operations.
+    Reference,
+    /// Tensor operations that every device runs well; the definition where that is so already.
+    Portable,
+    /// Fused kernels, for the CPU backends.
+    Native,
+}
+
+impl Implementation {
+    /// The fastest that the device has.
+    pub fn of(device: &Device) -> Self {
+        match is_host(device) {
+            true => Self::Native,
+            false => Self::Portable,
+        }
+    }
+}
+
+/// At most four axes, as operators take them, and back.
+fn on_rows<const D: usize>(x: Tensor<D>, f: impl FnOnce(Tensor<4>) -> Tensor<4>) -> Tensor<D> {
+    let dims = x.dims();
+    let width = dims[D - 1];
+    let n_rows = dims[..D - 1].iter().product();
+    let y = f(x.reshape([1, 1, n_rows, width]));
+    let mut dims = dims;
+    dims[D - 1] = y.dims()[3];
+    y.reshape(dims)
+}
+
+kernel! {
+    /// Adds rows to one.
+    fn add_rows_to<'a, R: Real>(simd: S, rows: &'a [R], sum: &'a mut [R]) -> () {
+        for row in rows.chunks_exact(sum.len().max(1)) {
+            for (j, n) in vectors::<R, S>(sum.len()) {
+                // Safety: both slices have `n` elements from `j` on.
+                unsafe {
+                    let to = sum.as_mut_ptr().add(j);
+                    let total = R::vadd(
+                        simd,
+                        R::load_some(simd, to, n),
+                        R::load_some(simd, row.as_ptr().add(j), n),
+                    );
+                    R::store_some(simd, to, total, n);
+                }
+            }
+        }
+    }
+}
+
+/// The sum of all rows, in an order that depends on their number alone.
+fn sum_of_rows<R: Real>(elements: &[R], width: usize) -> Vec<R> {
+    let n_rows = elements.len() / width.max(1);
+    let sum = |range: std::ops::Range<usize>| {
+        let mut sum = vec![R::default(); width];
+        add_rows_to(&elements[range.start * width..range.end * width], &mut sum);
+        sum
+    };
+    rows::sum_ranges(n_rows, width, sum, add).unwrap_or_else(|| vec![R::default(); width])
+}
+
+/// `a + b`, element by element.
+fn add<R: Real>(mut a: Vec<R>, b: Vec<R>) -> Vec<R> {
+    for (a, b) in a.iter_mut().zip(b) {
+        *a += b;
+    }
+    a
+}

@@ -1,0 +1,246 @@
+//! Products of whole matrices, by the `gemm` crate.
+
+use std::marker::PhantomData;
+
+use crate::{Real, Stored, View};
+
+/// A matrix anywhere in memory: element `(i, j)` is at `i row_stride + j column_stride` from the first.
+#[derive(Debug)]
+pub struct Matrix<'a, R> {
+    first: *const R,
+    n_rows: usize,
+    n_columns: usize,
+    row_stride: isize,
+    column_stride: isize,
+    /// The elements, where they are a copy.
+    _copy: Option<Vec<R>>,
+    memory: PhantomData<&'a [R]>,
+}
+
+impl<'a, R: Real> Matrix<'a, R> {
+    /// A matrix of elements in order.
+    ///
+    /// # Panics
+    ///
+    /// If the numbers of elements differ.
+    pub fn new(elements: &'a [R], [n_rows, n_columns]: [usize; 2]) -> Self {
+        assert_eq!(elements.len(), n_rows * n_columns, "{n_rows} x {n_columns}");
+        Self {
+            first: elements.as_ptr(),
+            n_rows,
+            n_columns,
+            row_stride: n_columns as isize,
+            column_stride: 1,
+            _copy: None,
+            memory: PhantomData,
+        }
+    }
+
+    /// The rows of a tensor along its last axis, in place where that is possible.
+    pub fn of_view<E: Stored<Real = R>>(view: &View<'a, E>) -> Self {
+        let [n_rows, n_columns] = [view.n_rows(), view.width()];
+        // What is computed as it is stored needs no copy, whatever its strides.
+        if let (Some(_), Some([row_stride, column_stride])) =
+            (E::as_reals(&[]), view.matrix_strides())
+        {
+            return Self {
+                first: view.first().cast(),
+                n_rows,
+                n_columns,
+                row_stride,
+                column_stride,
+                _copy: None,
+                memory: PhantomData,
+            };
+        }
+        let elements = view.reals().into_owned();
+        Self {
+            first: elements.as_ptr(),
+            n_rows,
+            n_columns,
+            row_stride: n_columns as isize,
+            column_stride: 1,
+            _copy: Some(elements),
+            memory: PhantomData,
+        }
+    }
+
+    /// Rows and columns exchanged, without a copy.
+    pub fn transposed(&self) -> Matrix<'_, R> {
+        Matrix {
+            first: self.first,
+            n_rows: self.n_columns,
+            n_columns: self.n_rows,
+            row_stride: self.column_stride,
+            column_stride: self.row_stride,
+            _copy: None,
+            memory: PhantomData,
+        }
+    }
+
+    /// Rows `first ..`, `n` of them.
+    ///
+    /// # Panics
+    ///
+    /// If there are fewer.
+    pub fn rows(&self, first: usize, n: usize) -> Matrix<'_, R> {
+        assert!(first + n <= self.n_rows, "rows {first} + {n} of {}", self.n_rows);
+        Matrix {
+            first: self.first.wrapping_offset(first as isize * self.row_stride),
+            n_rows: n,
+            n_columns: self.n_columns,
+            row_stride: self.row_stride,
+            column_stride: self.column_stride,
+            _copy: None,
+            memory: PhantomData,
+        }
+    }
+
+    /// Number of rows and of columns.
+    pub fn dims(&self) -> [usize; 2] {
+        [self.n_rows, self.n_columns]
+    }
+}
+
+/// What a product does with what is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Store {
+    /// `c = a b`; `c` need not hold anything.
+    Replace,
+    /// `c = c + a b`
+    Add,
+}
+
+/// `c = a b`, or with it added, on all threads of the pool. Element `(i, j)` of `c` is at `i row_stride + j`.
+///
+/// The result does not depend on the number of threads.
+///
+/// # Panics
+///
+/// If the inner sizes differ or `c` is too small.
+pub fn product<R: Real>(a: &Matrix<'_, R>, b: &Matrix<'_, R>, c: &mut [R], store: Store) {
+    let ([m, k], [inner, n]) = (a.dims(), b.dims());
+    assert_eq!(k, inner, "inner size of a product");
+    assert_eq!(c.len(), m * n, "elements of {m} x {n}");
+    if m == 0 || n == 0 {
+        return;
+    }
+    let parallelism = match m * n * k < SERIAL {
+        true => gemm::Parallelism::None,
+        false => gemm::Parallelism::Rayon(0),
+    };
+    let one = R::from_f64(1.0);
+    // Safety: `a` and `b` can be read at all their elements, as their constructors made sure; `c` is `m x n` and
+    // nobody else's. A `Real` is f32 or f64, which the crate takes.
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            c.as_mut_ptr(),
+            1,
+            n as isize,
+            store == Store::Add,
+            a.first,
+            a.column_stride,
+            a.row_stride,
+            b.first,
+            b.column_stride,
+            b.row_stride,
+            one,
+            one,
+            false,
+            false,
+            false,
+            parallelism,
+        );
+    }
+}
+
+/// Multiplications below which one thread is faster.
+const SERIAL: usize = 1 << 18;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn numbers<R: Real>(n: usize, seed: usize) -> Vec<R> {
+        // Small integers: every sum is exact.
+        (0..n)
+            .map(|i| R::from_f64(((i * 7 + seed) % 11) as f64 - 5.0))
+            .collect()
+    }
+
+    fn check<R: Real>([m, n, k]: [usize; 3], transposed: bool, store: Store) {
+        let (a, b) = (numbers::<R>(m * k, 3), numbers::<R>(k * n, 5));
+        let mut c = numbers::<R>(m * n, 9);
+        let mut expected = c.clone();
+        for i in 0..m {
+            for j in 0..n {
+                let mut sum = match store {
+                    Store::Replace => R::default(),
+                    Store::Add => c[i * n + j],
+                };
+                for p in 0..k {
+                    let b = if transposed { b[j * k + p] } else { b[p * n + j] };
+                    sum += a[i * k + p] * b;
+                }
+                expected[i * n + j] = sum;
+            }
+        }
+        if store == Store::Replace {
+            c.fill(R::from_f64(f64::NAN));
+        }
+        let a = Matrix::new(&a, [m, k]);
+        if transposed {
+            product(&a, &Matrix::new(&b, [n, k]).transposed(), &mut c, store);
+        } else {
+            product(&a, &Matrix::new(&b, [k, n]), &mut c, store);
+        }
+        assert!(c == expected, "{m} x {n} x {k}, {store:?}");
+    }
+
+    #[test]
+    fn products_are_exact() {
+        for sizes in [[1, 1, 1], [3, 17, 5], [70, 65, 130], [1, 300, 200], [4, 3, 0]] {
+            for transposed in [false, true] {
+                for store in [Store::Replace, Store::Add] {
+                    check::<f32>(sizes, transposed, store);
+                    check::<f64>(sizes, transposed, store);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn strided_rows_are_read_in_place() {
+        let elements = numbers::<f32>(40, 1);
+        // Columns 2 to 4 of every second row.
+        let view = View::strided(&elements, 2, [1, 1, 4, 3], [0, 0, 10, 1]);
+        let matrix = Matrix::of_view(&view);
+        assert_eq!(matrix.first, elements[2..].as_ptr());
+        let identity: Vec<f32> = (0..9).map(|i| f32::from(i % 4 == 0)).collect();
+        let mut c = vec![0.0; 12];
+        product(&matrix, &Matrix::new(&identity, [3, 3]), &mut c, Store::Replace);
+        assert_eq!(c, *view.reals());
+    }
+
+    #[test]
+    fn the_number_of_threads_does_not_show() {
+        let (m, n, k) = (300, 200, 500);
+        let number = |i: usize| ((i as f32) * 0.37).sin();
+        let a: Vec<f32> = (0..m * k).map(number).collect();
+        let b: Vec<f32> = (0..k * n).map(number).collect();
+        let on = |n_threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(n_threads);
+            let mut c = vec![0.0; m * n];
+            pool.build().unwrap().install(|| {
+                let b = Matrix::new(&b, [n, k]);
+                product(&Matrix::new(&a, [m, k]), &b.transposed(), &mut c, Store::Replace);
+            });
+            c
+        };
+        let one = on(1);
+        assert!([2, 3, 5].into_iter().all(|n_threads| on(n_threads) == one));
+    }
+}

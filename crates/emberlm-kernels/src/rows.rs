@@ -1,0 +1,56 @@
+//! Rows shared among threads, in a way that depends on their number alone.
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+/// Elements below which one thread is faster than two.
+const SERIAL: usize = 1 << 14;
+/// Into how many parts sums over rows are cut at most.
+const MAX_PARTS: usize = 16;
+
+/// Calls `work` with ranges that cover `n_rows` rows of `width` elements, on all threads of the pool.
+pub fn for_each_range(n_rows: usize, width: usize, work: impl Fn(Range<usize>) + Sync) {
+    sum_ranges(n_rows, width, work, |(), ()| ());
+}
+
+/// Calls `work` as [`for_each_range`] does, and joins the results from the first to the last, so that a sum does not
+/// depend on the number of threads. Nothing for no rows.
+pub fn sum_ranges<T: Send>(
+    n_rows: usize,
+    width: usize,
+    work: impl Fn(Range<usize>) -> T + Sync,
+    join: impl Fn(T, T) -> T,
+) -> Option<T> {
+    let rows_a_part = n_rows
+        .div_ceil(MAX_PARTS)
+        .max(SERIAL.div_ceil(2 * width.max(1)));
+    let range = |part: usize| part * rows_a_part..n_rows.min((part + 1) * rows_a_part);
+    let n_parts = n_rows.div_ceil(rows_a_part);
+    let results: Vec<T> = match n_rows * width <= SERIAL {
+        true => (0..n_parts).map(|part| work(range(part))).collect(),
+        false => {
+            let parts = (0..n_parts).into_par_iter().with_max_len(1);
+            parts.map(|part| work(range(part))).collect()
+        }
+    };
+    results.into_iter().reduce(join)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_cover_all_rows_once_and_in_order() {
+        for (n_rows, width) in [(0, 5), (1, 1), (7, 100_000), (1000, 384), (100_000, 1), (3, 0)] {
+            let covered = sum_ranges(
+                n_rows,
+                width,
+                |range| range.collect::<Vec<_>>(),
+                |a, b| [a, b].concat(),
+            );
+            assert_eq!(covered.unwrap_or_default(), (0..n_rows).collect::<Vec<_>>());
+        }
+    }
+}
