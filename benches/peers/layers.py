@@ -28,11 +28,14 @@ x = [rows, width], n = rows * width, in numbers of 4 bytes, indices too:
     rotary           x, cos, sin; y: 2 n + 64 r         dy, cos, sin; dx: 2 n + 64 r
     adamw            p, g, m, v; p, m, v: 7 n           (a step is one pass)
 
-Norms have a weight and no bias, epsilon 1e-5. GELU is the exact one. `swiglu` is silu(a) * b. `cross_entropy` has `width`
-classes and gives the mean. `linear` is square, without bias. `embedding` has a table [width, width]. `rotary` turns
-[1, width / 64, rows, 64] by halves; its tables are made before, as a model makes them once for all its layers. `adamw`
-updates one parameter [rows, width] with torch.optim.AdamW as it is by default, which on CPUs is neither foreach nor
-fused; `adamw_foreach` and `adamw_fused` ask for those, and are compared with the same `adamw` of ours.
+Inputs and results of [2048, 384] take 3 MB each and may stay in a cache from one repeat to the next, so that `gb_per_s`
+passes what memory gives.
+
+Norms have a weight and no bias, epsilon 1e-5. GELU is the exact one. `swiglu` is silu(a) * b. `cross_entropy` has
+`width` classes and gives the mean. `linear` is square, without bias. `embedding` has a table [width, width]. `rotary`
+turns [1, width / 64, rows, 64] by halves; its tables are made before, as a model makes them once for all its layers.
+`adamw` updates one parameter [rows, width] with torch.optim.AdamW as it is by default, which on CPUs is neither foreach
+nor fused; `adamw_foreach` and `adamw_fused` ask for those, and are compared with the same `adamw` of ours.
 """
 
 import argparse

@@ -7,7 +7,8 @@
 Each round times every contender in a process of its own, so that a machine whose speed drifts treats all alike. The
 ratio is the median over the rounds of a contender's time over emberlm's. Cores are processor time over time on the
 clock; PyTorch's threads wait in a loop, so that much less than their number says that something else was running.
-Memory is what the steps need beyond model and optimizer state. GFLOP/s count the same operations for all, see `flops_per_step` in decoder.py.
+Memory is what the steps need beyond model and optimizer state. GFLOP/s count the same operations for all, see
+`flops_per_step` in decoder.py.
 """
 
 import argparse
