@@ -2,11 +2,18 @@
 
     python decoder.py --preset tiny --steps 1500 --evaluate-at 200,800,1500 --report tiny.json
     python decoder.py --preset small --time-only 20
+    python decoder.py --preset llama --time-only 20 --compile --json
 
 A byte-level, decoder-only transformer without biases: tied embedding, learned positions, pre-norm
-layer norm, exact GELU, `F.scaled_dot_product_attention`. Float32 on the CPU, eager mode. The model
-trains on the first nine tenths of the text; the validation loss is the mean over the whole last tenth,
-in nats per byte.
+layer norm, exact GELU, `F.scaled_dot_product_attention`; the preset `llama` has rotary positions, RMS
+norm and SwiGLU instead. Float32 on the CPU, eager mode unless `--compile` is given. The model trains on
+the first nine tenths of the text; the validation loss is the mean over the whole last tenth, in nats
+per byte.
+
+`--json` adds a line with the figures of `--time-only`: the times; `cpu_utilisation`, the processor time of
+all threads over the time on the clock, so that 2 is two busy cores, those that wait in a loop included;
+`gflops`, by `flops_per_step` below; `peak_bytes`, the most that is resident during the steps less what is
+resident between steps, with model and optimizer state but without gradients.
 """
 
 import argparse
@@ -21,6 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common import begin_memory, peak_bytes
+
 VOCAB_SIZE = 256  # bytes
 
 
@@ -33,12 +42,57 @@ class Preset:
     seq_length: int
     batch_size: int
     learning_rate: float
+    llama: bool = False  # RMS norm, rotary positions, SwiGLU
+
+    @property
+    def tokens_per_step(self):
+        return self.batch_size * self.seq_length
 
 
+# The names and sizes of benches/src/shapes.rs.
 PRESETS = {
     "tiny": Preset(4, 128, 4, 512, 256, 8, 2e-3),
     "small": Preset(6, 384, 6, 1536, 256, 8, 1e-3),
+    "long": Preset(4, 256, 4, 1024, 1024, 2, 1e-3),
+    "wide": Preset(2, 768, 12, 3072, 128, 8, 1e-3),
+    "llama": Preset(6, 384, 6, 1024, 256, 8, 1e-3, llama=True),
 }
+
+
+def flops_per_step(preset):
+    """What a step has to calculate, counted as the Rust side does: `6 x tokens x parameters in matrices`
+    (2 forward, 4 backward; the tied embedding counts once, as the output projection) and for attention
+    `14 x d_head x visible pairs x heads x layers x batch` (2 products forward, 5 backward, which calculates
+    the scores again). Norms, activations, softmax, loss and optimizer are not counted."""
+    n_feed_forward = (3 if preset.llama else 2) * preset.d_model * preset.d_ff
+    n_matrices = preset.n_layers * (4 * preset.d_model**2 + n_feed_forward) + VOCAB_SIZE * preset.d_model
+    n_pairs = preset.seq_length * (preset.seq_length + 1) // 2
+    # d_head x heads = d_model
+    attention = 14 * preset.d_model * n_pairs * preset.n_layers * preset.batch_size
+    return 6 * preset.tokens_per_step * n_matrices + attention
+
+
+def norm_of(preset):
+    if preset.llama:
+        return nn.RMSNorm(preset.d_model, eps=1e-5)
+    return nn.LayerNorm(preset.d_model, eps=1e-5, bias=False)
+
+
+class Rotary(nn.Module):
+    """Rotary positions, theta 10,000: components i and i + d/2 form a pair ("rotate half")."""
+
+    def __init__(self, d_head, seq_length):
+        super().__init__()
+        frequencies = 10_000.0 ** (-torch.arange(0, d_head, 2, dtype=torch.float64) / d_head)
+        angles = torch.arange(seq_length, dtype=torch.float64)[:, None] * frequencies
+        angles = torch.cat([angles, angles], dim=-1)
+        self.register_buffer("cos", angles.cos().float(), persistent=False)
+        self.register_buffer("sin", angles.sin().float(), persistent=False)
+
+    def forward(self, x):
+        a, b = x.chunk(2, dim=-1)
+        length = x.shape[-2]
+        return x * self.cos[:length] + torch.cat([-b, a], dim=-1) * self.sin[:length]
 
 
 class Attention(nn.Module):
@@ -51,13 +105,15 @@ class Attention(nn.Module):
         self.value = nn.Linear(d_model, d_model, bias=False)
         self.output = nn.Linear(d_model, d_model, bias=False)
 
-    def forward(self, x):
+    def forward(self, x, rotary=None):
         batch_size, seq_length, d_model = x.shape
 
         def heads(y):
             return y.view(batch_size, seq_length, self.n_heads, -1).transpose(1, 2)
 
         query, key, value = heads(self.query(x)), heads(self.key(x)), heads(self.value(x))
+        if rotary is not None:
+            query, key = rotary(query), rotary(key)
         y = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         return self.output(y.transpose(1, 2).reshape(batch_size, seq_length, d_model))
 
@@ -72,16 +128,27 @@ class FeedForward(nn.Module):
         return self.down(F.gelu(self.up(x)))
 
 
+class SwiGlu(nn.Module):
+    def __init__(self, preset):
+        super().__init__()
+        self.gate = nn.Linear(preset.d_model, preset.d_ff, bias=False)
+        self.up = nn.Linear(preset.d_model, preset.d_ff, bias=False)
+        self.down = nn.Linear(preset.d_ff, preset.d_model, bias=False)
+
+    def forward(self, x):
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
 class Block(nn.Module):
     def __init__(self, preset):
         super().__init__()
-        self.mixer_norm = nn.LayerNorm(preset.d_model, eps=1e-5, bias=False)
+        self.mixer_norm = norm_of(preset)
         self.mixer = Attention(preset)
-        self.feed_forward_norm = nn.LayerNorm(preset.d_model, eps=1e-5, bias=False)
-        self.feed_forward = FeedForward(preset)
+        self.feed_forward_norm = norm_of(preset)
+        self.feed_forward = SwiGlu(preset) if preset.llama else FeedForward(preset)
 
-    def forward(self, x):
-        x = x + self.mixer(self.mixer_norm(x))
+    def forward(self, x, rotary=None):
+        x = x + self.mixer(self.mixer_norm(x), rotary)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
@@ -89,9 +156,10 @@ class Decoder(nn.Module):
     def __init__(self, preset):
         super().__init__()
         self.tokens = nn.Embedding(VOCAB_SIZE, preset.d_model)
-        self.positions = nn.Embedding(preset.seq_length, preset.d_model)
+        self.positions = None if preset.llama else nn.Embedding(preset.seq_length, preset.d_model)
+        self.rotary = Rotary(preset.d_model // preset.n_heads, preset.seq_length) if preset.llama else None
         self.blocks = nn.ModuleList(Block(preset) for _ in range(preset.n_layers))
-        self.norm = nn.LayerNorm(preset.d_model, eps=1e-5, bias=False)
+        self.norm = norm_of(preset)
         # The projections that write into the residual stream start smaller, as in GPT-2.
         residual_std = 0.02 / math.sqrt(2 * preset.n_layers)
         for name, parameter in self.named_parameters():
@@ -100,9 +168,11 @@ class Decoder(nn.Module):
                 nn.init.normal_(parameter, std=residual_std if writes else 0.02)
 
     def forward(self, tokens):
-        x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
+        x = self.tokens(tokens)
+        if self.positions is not None:
+            x = x + self.positions.weight[: tokens.shape[1]]
         for block in self.blocks:
-            x = block(x)
+            x = block(x, self.rotary)
         return F.linear(self.norm(x), self.tokens.weight)
 
 
@@ -136,9 +206,11 @@ def read_text(path):
 
 
 class Trainer:
-    def __init__(self, preset, train, steps, learning_rate, seed):
+    def __init__(self, preset, train, steps, learning_rate, seed, compiled=False):
         torch.manual_seed(seed)
         self.model = Decoder(preset)
+        # Only steps run compiled: a validation has other shapes.
+        self.run = torch.compile(self.model) if compiled else self.model
         self.optimizer = optimizer_of(self.model, learning_rate)
         self.preset, self.train, self.steps, self.peak = preset, train, steps, learning_rate
         self.offsets = torch.Generator().manual_seed(seed)
@@ -152,7 +224,7 @@ class Trainer:
         offsets = torch.randint(n_offsets, (self.preset.batch_size, 1), generator=self.offsets)
         windows = self.train[offsets + self.window].long()
         self.optimizer.zero_grad()
-        loss = loss_of(self.model, windows[:, :-1], windows[:, 1:])
+        loss = loss_of(self.run, windows[:, :-1], windows[:, 1:])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -197,7 +269,7 @@ def pretrain(trainer, validation, evaluate_at):
             )
     # The first two steps also allocate buffers and optimizer state.
     timed = step_seconds[2:]
-    n_tokens = preset.batch_size * preset.seq_length
+    n_tokens = preset.tokens_per_step
     return {
         "evaluations": evaluations,
         "tokens_per_second": n_tokens * len(timed) / sum(timed) if timed else None,
@@ -206,16 +278,29 @@ def pretrain(trainer, validation, evaluate_at):
     }
 
 
-def time_steps(trainer, n_steps):
-    """Times `n_steps` training steps after two untimed ones."""
-    step_seconds = []
-    for step in range(1, n_steps + 3):
-        start = time.perf_counter()
+def time_steps(trainer, n_steps, n_untimed):
+    """Times `n_steps` training steps after `n_untimed` others."""
+    step_seconds, cpu_seconds = [], []
+    for step in range(1, n_untimed + n_steps + 1):
+        if step == n_untimed:
+            # The last untimed step is in the memory's share, and touches again what was given back.
+            trainer.optimizer.zero_grad()
+            resident = begin_memory()
+        start, cpu_start = time.perf_counter(), time.process_time()
         trainer.step(step)
+        cpu_seconds.append(time.process_time() - cpu_start)
         step_seconds.append(time.perf_counter() - start)
-    median = statistics.median(step_seconds[2:])
-    n_tokens = trainer.preset.batch_size * trainer.preset.seq_length
-    return {"timed_steps": n_steps, "median_step_ms": 1e3 * median, "tokens_per_second": n_tokens / median}
+    step_seconds, cpu_seconds = step_seconds[n_untimed:], cpu_seconds[n_untimed:]
+    median = statistics.median(step_seconds)
+    return {
+        "timed_steps": n_steps,
+        "median_step_ms": 1e3 * median,
+        "min_step_ms": 1e3 * min(step_seconds),
+        "tokens_per_second": trainer.preset.tokens_per_step / median,
+        "cpu_utilisation": sum(cpu_seconds) / sum(step_seconds),
+        "gflops": flops_per_step(trainer.preset) / median / 1e9,
+        "peak_bytes": peak_bytes(resident),
+    }
 
 
 def arguments():
@@ -239,10 +324,14 @@ def arguments():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--report", type=Path, metavar="FILE.json")
     parser.add_argument("--time-only", type=positive, metavar="N", help="only time N training steps")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
+    parser.add_argument("--json", action="store_true", help="one more line, of JSON; with --time-only")
     args = parser.parse_args()
     args.evaluate_at = args.evaluate_at or [args.steps]
     if args.evaluate_at[-1] > args.steps:
         parser.error(f"--evaluate-at {args.evaluate_at[-1]} lies beyond the last step, {args.steps}")
+    if args.json and not args.time_only:
+        parser.error("--json prints what --time-only measures: give both")
     return args
 
 
@@ -252,14 +341,19 @@ def main():
     preset = PRESETS[args.preset]
     learning_rate = preset.learning_rate if args.lr is None else args.lr
     train, validation = read_text(args.text)
-    steps = args.time_only + 2 if args.time_only else args.steps
-    trainer = Trainer(preset, train, steps, learning_rate, args.seed)
+    # A compiled model is compiled in its first step, and once more where a guard of it fails.
+    n_untimed = 5 if args.compile else 3
+    steps = args.time_only + n_untimed if args.time_only else args.steps
+    trainer = Trainer(preset, train, steps, learning_rate, args.seed, args.compile)
     n_parameters = sum(p.numel() for p in trainer.model.parameters())
     print(f"{args.preset}: {n_parameters} parameters, torch {torch.__version__}, {args.threads} threads", flush=True)
 
     if args.time_only:
-        result = time_steps(trainer, args.time_only)
+        result = time_steps(trainer, args.time_only, n_untimed)
         print(f"{result['median_step_ms']:.1f} ms per step (median), {result['tokens_per_second']:.0f} tokens/s")
+        if args.json:
+            name = "pytorch compiled" if args.compile else "pytorch"
+            print(json.dumps({"contender": name, "preset": args.preset, "threads": args.threads, **result}))
     else:
         result = pretrain(trainer, validation, args.evaluate_at)
         if result["tokens_per_second"] is not None:
@@ -273,6 +367,7 @@ def main():
             "learning_rate": learning_rate,
             "threads": args.threads,
             "torch": torch.__version__,
+            "compiled": args.compile,
             "training_bytes": len(train),
             "validation_bytes": len(validation),
             **result,

@@ -3,7 +3,10 @@
 //!
 //! cargo run --release -p emberlm-bench -- --preset tiny --steps 20
 
-use std::time::Instant;
+mod shapes;
+mod usage;
+
+use std::{error::Error, process::ExitCode, time::Instant};
 
 use burn::{
     module::Module,
@@ -19,31 +22,130 @@ use burn::{
 use clap::Parser;
 use emberlm::{
     core::{CausalModel, CrossEntropyConfig, RandomKey},
-    training::{LanguageModel, TokenBatch, adamw, global_norm, scale_gradients},
+    models::DecoderConfig,
+    training::{LanguageModel, TokenBatch, TrainingConfig, adamw, global_norm, scale_gradients},
 };
-use emberlm_examples::{Preset, choose_device};
+use emberlm_examples::{choose_device, exit_with};
+use serde::Serialize;
+
+use crate::{
+    shapes::Shape,
+    usage::{MemoryRise, cpu_seconds},
+};
 
 /// Time training steps beside plain Burn
 #[derive(Parser)]
 struct Args {
     /// Which shapes
     #[arg(long, default_value = "tiny")]
-    preset: Preset,
+    preset: Shape,
     /// Counted steps of each
     #[arg(long, default_value_t = 20)]
     steps: usize,
     /// Device
     #[arg(long)]
     device: Option<String>,
-    /// Time only this one, without alternating
+    /// Time only this one, without alternating, and measure its memory
     #[arg(long)]
     only: Option<Contender>,
+    /// Print a line of JSON for each contender, and nothing else
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, clap::ValueEnum)]
 enum Contender {
     Emberlm,
     PlainBurn,
+}
+
+impl Contender {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Emberlm => "emberlm",
+            Self::PlainBurn => "plain burn",
+        }
+    }
+}
+
+/// What was measured of one contender.
+#[derive(Serialize)]
+struct Figures {
+    contender: &'static str,
+    preset: String,
+    device: String,
+    timed_steps: usize,
+    median_step_ms: f64,
+    min_step_ms: f64,
+    tokens_per_second: f64,
+    /// Processor time of all threads over time on the clock: 2 is two busy cores.
+    cpu_utilisation: Option<f64>,
+    /// Of [`Shape::flops_per_step`].
+    gflops: f64,
+    /// Most that is resident in steps, less what is resident between them: model and optimizer state.
+    peak_bytes: Option<u64>,
+}
+
+/// A contender's steps so far.
+struct Runner {
+    contender: Contender,
+    step: Box<dyn FnMut()>,
+    seconds: Vec<f64>,
+    cpu_seconds: Option<f64>,
+}
+
+impl Runner {
+    fn new(contender: Contender, shape: Shape, device: &Device) -> Self {
+        let (config, training) = shape.resolve();
+        let batch = batch(&training, config.vocab_size, device);
+        let step: Box<dyn FnMut()> = match contender {
+            Contender::Emberlm => {
+                let mut model = LanguageModel::new(config.init(device), 0.0, 0.0);
+                let mut optimizer = adamw(&training, &model);
+                Box::new(move || our_step(&mut model, &mut optimizer, batch.clone()))
+            }
+            Contender::PlainBurn => {
+                let mut model = PlainBurn::new(&config, training.seq_length, device);
+                let mut optimizer = AdamWConfig::new().init();
+                Box::new(move || plain_step(&mut model, &mut optimizer, batch.clone()))
+            }
+        };
+        Self {
+            contender,
+            step,
+            seconds: Vec::new(),
+            cpu_seconds: Some(0.0),
+        }
+    }
+
+    fn count_step(&mut self) {
+        let cpu_begin = cpu_seconds();
+        let begin = Instant::now();
+        (self.step)();
+        self.seconds.push(begin.elapsed().as_secs_f64());
+        let spent = cpu_begin.and_then(|begin| Some(cpu_seconds()? - begin));
+        self.cpu_seconds = self.cpu_seconds.and_then(|sum| Some(sum + spent?));
+    }
+
+    fn figures(&self, shape: Shape, device: &str, peak_bytes: Option<u64>) -> Figures {
+        let (_, training) = shape.resolve();
+        let median = median(self.seconds.clone());
+        let least = self.seconds.iter().copied().fold(f64::INFINITY, f64::min);
+        Figures {
+            contender: self.contender.name(),
+            preset: shape.name(),
+            device: device.to_owned(),
+            timed_steps: self.seconds.len(),
+            median_step_ms: median * 1e3,
+            min_step_ms: least * 1e3,
+            tokens_per_second: training.tokens_per_step() as f64 / median,
+            cpu_utilisation: self
+                .cpu_seconds
+                .map(|seconds| seconds / self.seconds.iter().sum::<f64>()),
+            gflops: shape.flops_per_step() / median / 1e9,
+            peak_bytes,
+        }
+    }
 }
 
 /// What a Burn user writes without EmberLM: burn-nn's encoder with a causal mask.
@@ -56,8 +158,7 @@ struct PlainBurn {
 }
 
 impl PlainBurn {
-    fn new(preset: Preset, device: &Device) -> Self {
-        let (model, training) = preset.resolve();
+    fn new(model: &DecoderConfig, seq_length: usize, device: &Device) -> Self {
         let initializer = Initializer::Normal {
             mean: 0.0,
             std: 0.02,
@@ -69,7 +170,7 @@ impl PlainBurn {
         };
         Self {
             tokens: table(model.vocab_size),
-            positions: table(training.seq_length),
+            positions: table(seq_length),
             encoder: TransformerEncoderConfig::new(
                 model.d_model,
                 model.feed_forward_width(),
@@ -102,13 +203,12 @@ impl CausalModel for PlainBurn {
     }
 }
 
-fn batch(preset: Preset, device: &Device) -> TokenBatch {
-    let (_, training) = preset.resolve();
+fn batch(training: &TrainingConfig, vocab_size: usize, device: &Device) -> TokenBatch {
     let shape = [training.batch_size, training.seq_length];
     let tokens = |seed| {
         let key = RandomKey::new(seed);
         let values: Vec<i32> = (0..training.tokens_per_step() as u64)
-            .map(|i| key.below(i, 256) as i32)
+            .map(|i| key.below(i, vocab_size as u64) as i32)
             .collect();
         Tensor::from_data(TensorData::new(values, shape), device)
     };
@@ -152,54 +252,87 @@ fn median(mut seconds: Vec<f64>) -> f64 {
     seconds[seconds.len() / 2]
 }
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let args = Args::parse();
-    let (name, device) = choose_device(args.device.as_deref())?;
-    println!("device: {name}");
-    let device = device.autodiff();
-    let batch = batch(args.preset, &device);
-    let (config, training) = args.preset.resolve();
-    let mut ours = LanguageModel::new(config.init(&device), 0.0, 0.0);
-    let mut our_optimizer = adamw(&training, &ours);
-    let mut plain = PlainBurn::new(args.preset, &device);
-    let mut plain_optimizer = AdamWConfig::new().init();
-    let (mut our_times, mut plain_times) = (Vec::new(), Vec::new());
-    // Two uncounted steps of each: allocation and warm-up.
-    for step in 0..args.steps + 2 {
-        if args.only != Some(Contender::PlainBurn) {
-            let begin = Instant::now();
-            our_step(&mut ours, &mut our_optimizer, batch.clone());
-            if step >= 2 {
-                our_times.push(begin.elapsed().as_secs_f64());
-            }
+fn main() -> ExitCode {
+    exit_with(run(&Args::parse()))
+}
+
+// Allocation and warm-up; memory is counted from before the last of them, which also touches again what was given back.
+const UNCOUNTED_STEPS: usize = 3;
+
+fn run(args: &Args) -> Result<(), Box<dyn Error>> {
+    if args.steps == 0 {
+        return Err("--steps is at least 1".into());
+    }
+    let shape = args.preset;
+    let mut contenders = match args.only {
+        None => vec![Contender::Emberlm, Contender::PlainBurn],
+        Some(Contender::PlainBurn) if !shape.is_gpt() => {
+            return Err(format!(
+                "--only plain-burn: burn-nn's encoder has no {} shape",
+                shape.name()
+            )
+            .into());
         }
-        if args.only != Some(Contender::Emberlm) {
-            let begin = Instant::now();
-            plain_step(&mut plain, &mut plain_optimizer, batch.clone());
-            if step >= 2 {
-                plain_times.push(begin.elapsed().as_secs_f64());
-            }
+        Some(only) => vec![only],
+    };
+    contenders.retain(|contender| *contender != Contender::PlainBurn || shape.is_gpt());
+    let (device_name, device) = choose_device(args.device.as_deref())?;
+    if !args.json {
+        println!("device: {device_name}");
+    }
+    let device = device.autodiff();
+    let mut runners: Vec<Runner> = contenders
+        .into_iter()
+        .map(|contender| Runner::new(contender, shape, &device))
+        .collect();
+    let mut memory = None;
+    for step in 0..UNCOUNTED_STEPS {
+        if step + 1 == UNCOUNTED_STEPS && args.only.is_some() {
+            memory = MemoryRise::begin();
+        }
+        for runner in &mut runners {
+            (runner.step)();
         }
     }
-    let tokens = training.tokens_per_step() as f64;
-    let line = |name: &str, times: &[f64]| {
-        if !times.is_empty() {
-            let seconds = median(times.to_vec());
-            println!(
-                "{name:<12} {:8.1} ms a step, {:6.0} tokens/s (median of {})",
-                seconds * 1e3,
-                tokens / seconds,
-                times.len()
-            );
+    for _ in 0..args.steps {
+        for runner in &mut runners {
+            runner.count_step();
         }
-    };
-    line("emberlm", &our_times);
-    line("plain burn", &plain_times);
-    if args.only.is_none() {
+    }
+    let peak_bytes = memory.and_then(|memory| memory.bytes());
+    let figures: Vec<Figures> = runners
+        .iter()
+        .map(|runner| runner.figures(shape, &device_name, peak_bytes))
+        .collect();
+    for figures in &figures {
+        if args.json {
+            println!("{}", serde_json::to_string(figures)?);
+        } else {
+            println!("{}", line(figures));
+        }
+    }
+    if let ([ours, plain], false) = (figures.as_slice(), args.json) {
         println!(
             "speed of emberlm over plain burn: {:.2}",
-            median(plain_times) / median(our_times)
+            plain.median_step_ms / ours.median_step_ms
         );
     }
     Ok(())
+}
+
+fn line(figures: &Figures) -> String {
+    let mut line = format!(
+        "{:<12} {:8.1} ms a step, {:6.0} tokens/s, {:.1} GFLOP/s",
+        figures.contender, figures.median_step_ms, figures.tokens_per_second, figures.gflops
+    );
+    if let Some(cores) = figures.cpu_utilisation {
+        line += &format!(", {cores:.2} cores");
+    }
+    if let Some(bytes) = figures.peak_bytes {
+        line += &format!(
+            ", {:.0} MiB beyond the state",
+            bytes as f64 / f64::from(1 << 20)
+        );
+    }
+    line + &format!(" (median of {})", figures.timed_steps)
 }

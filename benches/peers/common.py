@@ -1,0 +1,84 @@
+"""What the scripts of this folder share: the workspace's programs, and the memory that a process uses."""
+
+import ctypes
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+TARGET = Path(os.environ.get("CARGO_TARGET_DIR", HERE.parent.parent / "target"))
+THREADS = 2
+
+
+def program(name, build):
+    """The path of a program of the workspace; without it the script ends and says how to build it."""
+    path = TARGET / "release" / name
+    if not path.exists():
+        sys.exit(f"{path} does not exist: run cargo build --release {build} first")
+    return str(path)
+
+
+def run(command):
+    """What a command writes, as (output, errors); if it fails, the script ends with its errors."""
+    two_threads = {**os.environ, "RAYON_NUM_THREADS": str(THREADS)}
+    done = subprocess.run(command, capture_output=True, env=two_threads)
+    output, errors = (text.decode(errors="replace") for text in (done.stdout, done.stderr))
+    if done.returncode != 0:
+        sys.exit(f"{' '.join(command)} failed:\n{errors.strip()}")
+    return output, errors
+
+
+def last_json(command):
+    """The last line that a command prints, which is JSON."""
+    return json.loads(run(command)[0].splitlines()[-1])
+
+
+def timed(call, repeats):
+    """The milliseconds of each call, after two that do not count."""
+    times = []
+    for _ in range(repeats + 2):
+        begin = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - begin) * 1e3)
+    return times[2:]
+
+
+def median_of(rounds, key):
+    """The median of a figure over rounds; None where one of them lacks it."""
+    values = [figures[key] for figures in rounds]
+    return None if None in values else statistics.median(values)
+
+
+def status_bytes(field):
+    """VmRSS, what is resident now, or VmHWM, the most that was; None where the system does not tell."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":")), None)
+
+
+def begin_memory():
+    """Gives free memory back to the system, begins a new high-water mark and returns what is resident."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        pass  # No glibc: what the allocator keeps counts as resident.
+    resident = status_bytes("VmRSS")
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass  # Not allowed: the mark is that of the whole process.
+    return resident
+
+
+def peak_bytes(resident):
+    """The high-water mark less what was resident when `begin_memory` returned it."""
+    peak = status_bytes("VmHWM")
+    return None if resident is None or peak is None else max(0, peak - resident)

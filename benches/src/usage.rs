@@ -1,0 +1,63 @@
+//! What the process uses: processor time and memory.
+
+use std::fs;
+
+/// User and system time of all threads so far, in seconds; nothing where the system does not tell.
+#[cfg(unix)]
+pub(crate) fn cpu_seconds() -> Option<f64> {
+    use nix::sys::{
+        resource::{UsageWho, getrusage},
+        time::TimeValLike,
+    };
+
+    let usage = getrusage(UsageWho::RUSAGE_SELF).ok()?;
+    let micros = usage.user_time().num_microseconds() + usage.system_time().num_microseconds();
+    Some(micros as f64 * 1e-6)
+}
+
+/// User and system time of all threads so far, in seconds; nothing where the system does not tell.
+#[cfg(not(unix))]
+pub(crate) fn cpu_seconds() -> Option<f64> {
+    None
+}
+
+/// How far the resident memory rises from here on.
+pub(crate) struct MemoryRise {
+    resident: u64,
+}
+
+impl MemoryRise {
+    /// Gives free memory back to the system and begins a new high-water mark; nothing where the system does not tell.
+    pub(crate) fn begin() -> Option<Self> {
+        give_back();
+        let resident = status_bytes("VmRSS:")?;
+        // Where this is not allowed the mark is that of the whole process.
+        let _ = fs::write("/proc/self/clear_refs", "5");
+        Some(Self { resident })
+    }
+
+    /// The highest mark above the beginning, in bytes.
+    pub(crate) fn bytes(&self) -> Option<u64> {
+        Some(status_bytes("VmHWM:")?.saturating_sub(self.resident))
+    }
+}
+
+/// A size from Linux's table of the process.
+fn status_bytes(field: &str) -> Option<u64> {
+    let status = fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix(field))?;
+    let kib: u64 = line.trim().strip_suffix(" kB")?.parse().ok()?;
+    Some(kib * 1024)
+}
+
+/// Lets the allocator return what is free, which otherwise counts as resident before the steps that use it again.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+#[expect(unsafe_code, reason = "the C library has no safe interface for it")]
+fn give_back() {
+    // SAFETY: it may be called at any time, from any thread.
+    unsafe { nix::libc::malloc_trim(0) };
+}
+
+/// Lets the allocator return what is free: unknown here.
+#[cfg(not(all(target_os = "linux", target_env = "gnu")))]
+fn give_back() {}
