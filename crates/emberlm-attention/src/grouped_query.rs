@@ -8,6 +8,7 @@ use burn::{
 };
 use emberlm_core::{
     Context, InvalidConfig, KvCache, Pattern, RotaryConfig, SequenceMixer, assert_valid,
+    operators::project_all,
 };
 
 use crate::{
@@ -168,31 +169,19 @@ pub struct GroupedQueryAttention {
 }
 
 impl GroupedQueryAttention {
-    /// Keys and values of the positions of `x`.
-    fn keys_and_values(&self, x: Tensor<3>, context: &Context) -> (Tensor<4>, Tensor<4>) {
-        let key = split_heads(self.key.forward(x.clone()), self.n_kv_heads);
-        let value = split_heads(self.value.forward(x), self.n_kv_heads);
-        (self.rotate(key, context), value)
-    }
-
-    fn rotate(&self, x: Tensor<4>, context: &Context) -> Tensor<4> {
+    /// Query, key and value of the positions of `x`.
+    fn heads(&self, x: Tensor<3>, context: &Context) -> [Tensor<4>; 3] {
+        let [query, key, value] = project_all([&self.query, &self.key, &self.value], x);
+        let query = split_heads(query, self.n_heads);
+        let [key, value] = [key, value].map(|x| split_heads(x, self.n_kv_heads));
         match &self.rotary {
-            Some(rotary) => rotary.forward(x, context.lengths.first_position),
-            None => x,
+            Some(rotary) => {
+                let first = context.lengths.first_position;
+                let [query, key] = rotary.forward_all([query, key], first);
+                [query, key, value]
+            }
+            None => [query, key, value],
         }
-    }
-
-    fn attend(
-        &self,
-        x: Tensor<3>,
-        key: Tensor<4>,
-        value: Tensor<4>,
-        context: &Context,
-    ) -> Tensor<3> {
-        let query = split_heads(self.query.forward(x), self.n_heads);
-        let query = self.rotate(query, context);
-        let heads = [query, key, value];
-        self.scores.attend(heads, &self.output, context)
     }
 }
 
@@ -200,14 +189,15 @@ impl SequenceMixer for GroupedQueryAttention {
     type Cache = KvCache;
 
     fn forward(&self, x: Tensor<3>, context: &Context) -> Tensor<3> {
-        let (key, value) = self.keys_and_values(x.clone(), context);
-        self.attend(x, key, value, context)
+        let heads = self.heads(x, context);
+        self.scores.attend(heads, &self.output, context)
     }
 
     fn forward_cached(&self, x: Tensor<3>, context: &Context, cache: &mut KvCache) -> Tensor<3> {
-        let (key, value) = self.keys_and_values(x.clone(), context);
+        let [query, key, value] = self.heads(x, context);
         let (key, value) = cache.append(key, value);
-        self.attend(x, key, value, context)
+        self.scores
+            .attend([query, key, value], &self.output, context)
     }
 
     fn new_cache(&self, capacity: usize) -> KvCache {

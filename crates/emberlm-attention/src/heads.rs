@@ -1,7 +1,7 @@
 //! What the attention modules share: splitting a width into heads, attending, and joining the heads again.
 
 use burn::{nn::Linear, tensor::Tensor};
-use emberlm_core::{Context, InvalidConfig, Pattern};
+use emberlm_core::{Context, InvalidConfig, Pattern, operators::project};
 
 use crate::{AttendOptions, ScoreCap, attend};
 
@@ -47,7 +47,8 @@ impl Scores {
             dropout_key: context.dropout_key,
             ..AttendOptions::default()
         };
-        output.forward(merge_heads(attend(query, key, value, &schedule, &options)))
+        let joined = merge_heads(attend(query, key, value, &schedule, &options));
+        project(output, joined)
     }
 }
 

@@ -6,7 +6,10 @@ use burn::{
     nn::{Linear, LinearConfig},
     tensor::{Device, Tensor},
 };
-use emberlm_core::{Context, InvalidConfig, KvCache, Pattern, SequenceMixer, assert_valid};
+use emberlm_core::{
+    Context, InvalidConfig, KvCache, Pattern, SequenceMixer, assert_valid,
+    operators::{project, project_all},
+};
 
 use crate::{
     ScoreCap,
@@ -141,8 +144,7 @@ impl MultiHeadAttention {
     ///
     /// If the lengths are not the context's, or the pattern does not fit them.
     pub fn forward_cross(&self, x: Tensor<3>, source: Tensor<3>, context: &Context) -> Tensor<3> {
-        let CrossCache { key, value } = self.project_source(source);
-        self.attend(x, key, value, context)
+        self.forward_cross_cached(x, &self.project_source(source), context)
     }
 
     /// Projects a source sequence once, for [`forward_cross_cached`](Self::forward_cross_cached).
@@ -151,10 +153,9 @@ impl MultiHeadAttention {
     ///
     /// - `source`: `[batch_size, key_length, d_source]`
     pub fn project_source(&self, source: Tensor<3>) -> CrossCache {
-        CrossCache {
-            key: split_heads(self.key.forward(source.clone()), self.n_heads),
-            value: split_heads(self.value.forward(source), self.n_heads),
-        }
+        let heads = project_all([&self.key, &self.value], source);
+        let [key, value] = heads.map(|x| split_heads(x, self.n_heads));
+        CrossCache { key, value }
     }
 
     /// Attends from `x` to a source that was projected before; equal to [`forward_cross`](Self::forward_cross), whose
@@ -165,18 +166,16 @@ impl MultiHeadAttention {
         source: &CrossCache,
         context: &Context,
     ) -> Tensor<3> {
-        self.attend(x, source.key.clone(), source.value.clone(), context)
+        let query = split_heads(project(&self.query, x), self.n_heads);
+        self.attend([query, source.key.clone(), source.value.clone()], context)
     }
 
-    fn attend(
-        &self,
-        x: Tensor<3>,
-        key: Tensor<4>,
-        value: Tensor<4>,
-        context: &Context,
-    ) -> Tensor<3> {
-        let query = split_heads(self.query.forward(x), self.n_heads);
-        let heads = [query, key, value];
+    /// Query, key and value of one sequence.
+    fn heads(&self, x: Tensor<3>) -> [Tensor<4>; 3] {
+        project_all([&self.query, &self.key, &self.value], x).map(|x| split_heads(x, self.n_heads))
+    }
+
+    fn attend(&self, heads: [Tensor<4>; 3], context: &Context) -> Tensor<3> {
         self.scores.attend(heads, &self.output, context)
     }
 }
@@ -185,13 +184,18 @@ impl SequenceMixer for MultiHeadAttention {
     type Cache = KvCache;
 
     fn forward(&self, x: Tensor<3>, context: &Context) -> Tensor<3> {
-        self.forward_cross(x.clone(), x, context)
+        assert_eq!(
+            self.query.weight.lazy_shape()[0],
+            self.key.weight.lazy_shape()[0],
+            "d_source: a sequence attends to itself, so the widths of both are the same"
+        );
+        self.attend(self.heads(x), context)
     }
 
     fn forward_cached(&self, x: Tensor<3>, context: &Context, cache: &mut KvCache) -> Tensor<3> {
-        let CrossCache { key, value } = self.project_source(x.clone());
+        let [query, key, value] = self.heads(x);
         let (key, value) = cache.append(key, value);
-        self.attend(x, key, value, context)
+        self.attend([query, key, value], context)
     }
 
     fn new_cache(&self, capacity: usize) -> KvCache {

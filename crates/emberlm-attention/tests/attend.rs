@@ -85,7 +85,12 @@ impl Case {
             let mut sinks: Vec<f64> = Vec::new();
             for inputs in 0..N_SINKS.div_ceil(self.n_heads) as u64 {
                 let results = self.run_with(100 * inputs, implementation, dtype);
-                sinks.extend(results.last().expect("the gradient of the sinks").iter::<f64>());
+                sinks.extend(
+                    results
+                        .last()
+                        .expect("the gradient of the sinks")
+                        .iter::<f64>(),
+                );
             }
             results.pop();
             let n_sinks = sinks.len();

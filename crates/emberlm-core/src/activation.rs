@@ -7,11 +7,15 @@ use burn::{
     tensor::{DType, Tensor, activation},
 };
 
+use crate::operators::activate;
+
 /// An element-wise activation function.
 #[derive(Config, Debug, Copy, PartialEq, Eq)]
 pub enum Activation {
     /// `max(0, x)`.
     Relu,
+    /// `max(0, x)^2`, <https://arxiv.org/abs/2109.08668>.
+    SquaredRelu,
     /// `x Phi(x)` with the exact normal distribution function, <https://arxiv.org/abs/1606.08415>.
     Gelu,
     /// GELU's tanh approximation `0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))`, as in GPT-2.
@@ -23,8 +27,14 @@ pub enum Activation {
 impl Activation {
     /// Applies the function to every element.
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        activate(*self, x, None)
+    }
+
+    /// In tensor operations.
+    pub(crate) fn definition<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         match self {
             Self::Relu => activation::relu(x),
+            Self::SquaredRelu => activation::relu(x).square(),
             Self::Gelu => gelu(x),
             Self::GeluTanh => activation::gelu_approximate(x),
             // Burn's sigmoid may go through f32 whatever it is given; a model in f64 keeps its precision.

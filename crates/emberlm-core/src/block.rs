@@ -6,7 +6,10 @@ use burn::{
     tensor::{Device, Tensor},
 };
 
-use crate::{Context, FeedForward, InvalidConfig, Norm, NormConfig, SequenceMixer, dropout};
+use crate::{
+    Context, FeedForward, InvalidConfig, Norm, NormConfig, RandomKey, SequenceMixer,
+    operators::add_dropped,
+};
 
 /// Where the norm stands.
 #[derive(Config, Debug, Copy, PartialEq, Eq)]
@@ -97,7 +100,8 @@ impl<M: Module + SequenceMixer, F: Module + FeedForward> ResidualBlock<M, F> {
     ///
     /// - `x`, output: `[batch_size, seq_length, d_model]`
     pub fn forward(&self, x: Tensor<3>, context: &Context) -> Tensor<3> {
-        self.both_halves(x, context, |x, context| self.mixer.forward(x, context))
+        self.forward_stream(ResidualStream::new(x), context)
+            .into_sum()
     }
 
     /// The next positions of a sequence whose earlier part is in the cache.
@@ -107,43 +111,103 @@ impl<M: Module + SequenceMixer, F: Module + FeedForward> ResidualBlock<M, F> {
         context: &Context,
         cache: &mut M::Cache,
     ) -> Tensor<3> {
-        self.both_halves(x, context, |x, context| {
+        self.forward_stream_cached(ResidualStream::new(x), context, cache)
+            .into_sum()
+    }
+
+    /// As [`forward`](Self::forward), for a stack: the last addition is left to the norm that follows.
+    pub fn forward_stream(&self, stream: ResidualStream, context: &Context) -> ResidualStream {
+        self.both_halves(stream, context, |x, context| self.mixer.forward(x, context))
+    }
+
+    /// As [`forward_cached`](Self::forward_cached), for a stack.
+    pub fn forward_stream_cached(
+        &self,
+        stream: ResidualStream,
+        context: &Context,
+        cache: &mut M::Cache,
+    ) -> ResidualStream {
+        self.both_halves(stream, context, |x, context| {
             self.mixer.forward_cached(x, context, cache)
         })
     }
 
     fn both_halves(
         &self,
-        x: Tensor<3>,
+        stream: ResidualStream,
         context: &Context,
         mix: impl FnOnce(Tensor<3>, &Context) -> Tensor<3>,
-    ) -> Tensor<3> {
-        let x = self.half(x, &self.mixer_norm, &context.fold(MIXER_OUTPUT), |x| {
+    ) -> ResidualStream {
+        let stream = self.half(stream, &self.mixer_norm, &context.fold(MIXER_OUTPUT), |x| {
             mix(x, &context.fold(MIXER))
         });
         let context_out = context.fold(FEED_FORWARD_OUTPUT);
-        self.half(x, &self.feed_forward_norm, &context_out, |x| {
+        self.half(stream, &self.feed_forward_norm, &context_out, |x| {
             self.feed_forward.forward(x, &context.fold(FEED_FORWARD))
         })
     }
 
     fn half(
         &self,
-        x: Tensor<3>,
+        stream: ResidualStream,
         norm: &Norm,
         context: &Context,
         f: impl FnOnce(Tensor<3>) -> Tensor<3>,
-    ) -> Tensor<3> {
-        let drop = |y| dropout(y, self.dropout, context.dropout_key);
+    ) -> ResidualStream {
         match self.placement {
             NormPlacement::Pre => {
-                let y = f(norm.forward(x.clone()));
-                x + drop(y)
+                let (x, normed) = stream.norm(norm);
+                ResidualStream::new(x).add(f(normed), self.dropout, context.dropout_key)
             }
             NormPlacement::Post => {
-                let y = f(x.clone());
-                norm.forward(x + drop(y))
+                let x = stream.into_sum();
+                let sum = ResidualStream::new(x.clone());
+                let sum = sum.add(f(x), self.dropout, context.dropout_key);
+                ResidualStream::new(sum.norm(norm).1)
             }
+        }
+    }
+}
+
+/// What runs through a stack of blocks: a sum whose last addition waits, so that it is computed in one pass with the
+/// norm that follows it.
+#[derive(Debug, Clone)]
+pub struct ResidualStream {
+    x: Tensor<3>,
+    waiting: Option<Tensor<3>>,
+}
+
+impl ResidualStream {
+    /// A stream that begins with the embeddings, `[batch_size, seq_length, d_model]`.
+    pub fn new(x: Tensor<3>) -> Self {
+        Self { x, waiting: None }
+    }
+
+    /// Adds `dropout(y)`.
+    fn add(self, y: Tensor<3>, rate: f64, key: Option<RandomKey>) -> Self {
+        let x = self.into_sum();
+        if key.is_some() && rate > 0.0 {
+            return Self::new(add_dropped(x, y, rate, key));
+        }
+        Self {
+            x,
+            waiting: Some(y),
+        }
+    }
+
+    /// The sum and its norm.
+    pub fn norm(self, norm: &Norm) -> (Tensor<3>, Tensor<3>) {
+        match self.waiting {
+            Some(y) => norm.add_and_forward(self.x, y),
+            None => (self.x.clone(), norm.forward(self.x)),
+        }
+    }
+
+    /// The sum.
+    pub fn into_sum(self) -> Tensor<3> {
+        match self.waiting {
+            Some(y) => self.x + y,
+            None => self.x,
         }
     }
 }

@@ -1,8 +1,11 @@
 //! Dropout whose mask is a function of a key, so that a resumed run draws the same.
 
-use burn::tensor::{Tensor, TensorData};
+use burn::tensor::Tensor;
 
-use crate::RandomKey;
+use crate::{
+    RandomKey,
+    operators::{Implementation, dropout_by},
+};
 
 /// Sets each element to zero with probability `rate` and divides the others by `1 - rate`.
 ///
@@ -25,21 +28,7 @@ use crate::RandomKey;
 ///
 /// If `rate` is not in `[0, 1)`.
 pub fn dropout<const D: usize>(x: Tensor<D>, rate: f64, key: Option<RandomKey>) -> Tensor<D> {
-    assert!(
-        (0.0..1.0).contains(&rate),
-        "dropout rate must be at least 0 and below 1, got {rate}"
-    );
-    let Some(key) = key.filter(|_| rate > 0.0) else {
-        return x;
-    };
-    let shape = x.dims();
-    let n_elements: usize = shape.iter().product();
-    let kept = 1.0 / (1.0 - rate);
-    let mask: Vec<f64> = (0..n_elements as u64)
-        .map(|i| if key.uniform(i) < rate { 0.0 } else { kept })
-        .collect();
-    let mask = Tensor::<D>::from_data(TensorData::new(mask, shape), (&x.device(), x.dtype()));
-    x * mask
+    dropout_by(Implementation::of(&x.device()), x, rate, key)
 }
 
 #[cfg(test)]

@@ -2,12 +2,15 @@
 
 use burn::{
     config::Config,
-    module::Module,
+    module::{Module, Param},
     nn::{Linear, LinearConfig},
     tensor::{Device, Tensor},
 };
 
-use crate::{Activation, Context, FeedForward, InvalidConfig, assert_valid, dropout};
+use crate::{
+    Activation, Context, FeedForward, InvalidConfig, assert_valid, dropout,
+    operators::{activate, gate, linear, linears, project},
+};
 
 /// Configuration of [`Mlp`] and [`GatedMlp`].
 #[derive(Config, Debug)]
@@ -102,9 +105,11 @@ pub struct Mlp {
 
 impl FeedForward for Mlp {
     fn forward(&self, x: Tensor<3>, context: &Context) -> Tensor<3> {
-        let hidden = self.activation.forward(self.up.forward(x));
-        self.down
-            .forward(dropout(hidden, self.dropout, context.dropout_key))
+        // The bias is added where the activation reads the product anyway.
+        let product = linear(x, self.up.weight.val(), None);
+        let hidden = activate(self.activation, product, bias(&self.up));
+        let hidden = dropout(hidden, self.dropout, context.dropout_key);
+        project(&self.down, hidden)
     }
 }
 
@@ -126,9 +131,20 @@ pub struct GatedMlp {
 
 impl FeedForward for GatedMlp {
     fn forward(&self, x: Tensor<3>, context: &Context) -> Tensor<3> {
-        let gate = self.activation.forward(self.gate.forward(x.clone()));
-        let hidden = gate * self.up.forward(x);
-        self.down
-            .forward(dropout(hidden, self.dropout, context.dropout_key))
+        let products = linears(x, [&self.gate, &self.up].map(|up| (up.weight.val(), None)));
+        let [gate_product, up_product] = products;
+        let biases = bias(&self.gate).zip(bias(&self.up));
+        let hidden = gate(
+            self.activation,
+            gate_product,
+            up_product,
+            biases.map(|(gate, up)| [gate, up]),
+        );
+        let hidden = dropout(hidden, self.dropout, context.dropout_key);
+        project(&self.down, hidden)
     }
+}
+
+fn bias(linear: &Linear) -> Option<Tensor<1>> {
+    linear.bias.as_ref().map(Param::val)
 }

@@ -1,5 +1,6 @@
 //! What language models are built from besides attention: positions, norms, activations, feed-forward layers,
-//! residual blocks, caches, losses, sampling and generation, and which keys attention visits.
+//! residual blocks, caches, losses, sampling and generation, and which keys attention visits. What they compute with are
+//! the fused [`operators`].
 //!
 //! Modules are ordinary Burn modules and run on any backend. Randomness (dropout, initialisation, sampling) is a
 //! function of a key and a counter, so that a run can be continued exactly.
@@ -18,6 +19,7 @@ mod loss;
 mod mixer;
 mod model;
 mod norm;
+pub mod operators;
 mod pattern;
 mod positions;
 mod random;
@@ -26,7 +28,7 @@ mod schedule;
 mod text_stream;
 
 pub use activation::Activation;
-pub use block::{NormPlacement, ResidualBlock, ResidualBlockConfig};
+pub use block::{NormPlacement, ResidualBlock, ResidualBlockConfig, ResidualStream};
 pub use cache::KvCache;
 pub use context::Context;
 pub use dropout::dropout;
@@ -38,7 +40,7 @@ pub use init::Gpt2Init;
 pub use loss::{CrossEntropy, CrossEntropyConfig};
 pub use mixer::{FeedForward, SequenceMixer};
 pub use model::{CachedModel, CausalModel};
-pub use norm::{Norm, NormConfig};
+pub use norm::{LayerNorm, Norm, NormConfig, RmsNorm};
 pub use pattern::{
     At, BatchData, Blockwise, Dilated, Fixed, Global, Lengths, ParsePatternError, Pattern,
     PatternError, Picture, RandomBlocks, Reach, Strided, Window,

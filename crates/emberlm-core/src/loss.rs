@@ -2,10 +2,10 @@
 
 use burn::{
     config::Config,
-    tensor::{Int, Tensor, activation::log_softmax},
+    tensor::{Int, Tensor},
 };
 
-use crate::InvalidConfig;
+use crate::{InvalidConfig, operators::cross_entropy};
 
 /// Configuration of the cross-entropy.
 #[derive(Config, Debug)]
@@ -76,47 +76,8 @@ impl CrossEntropyConfig {
     ///
     /// # Panics
     ///
-    /// If the numbers of rows differ.
+    /// As [`cross_entropy`].
     pub fn forward(&self, logits: Tensor<2>, targets: Tensor<1, Int>) -> CrossEntropy {
-        let [n_tokens, vocab_size] = logits.dims();
-        let [n_targets] = targets.dims();
-        assert_eq!(
-            n_tokens, n_targets,
-            "n_tokens: {n_tokens} rows of scores, {n_targets} targets"
-        );
-        let ignored = self
-            .ignored_target
-            .map(|value| targets.clone().equal_scalar(value));
-        // An ignored target may lie outside the vocabulary: look up class 0 and drop the result.
-        let lookup = match &ignored {
-            Some(ignored) => targets.mask_fill(ignored.clone(), 0),
-            None => targets,
-        };
-        let lookup = lookup.reshape([n_tokens, 1]);
-
-        let log_probs = log_softmax(logits.clone(), 1);
-        let log_likelihood = log_probs.clone().gather(1, lookup.clone());
-        // log Z = logit - log p, for whichever class.
-        let log_partition = logits.gather(1, lookup) - log_likelihood.clone();
-        let nll = if self.label_smoothing > 0.0 {
-            // Times the reciprocal: Burn's autodiff rounds the divisor of a division by a scalar to f32.
-            let uniform = log_probs.sum_dim(1) * (vocab_size as f64).recip();
-            -(log_likelihood * (1.0 - self.label_smoothing) + uniform * self.label_smoothing)
-        } else {
-            -log_likelihood
-        };
-        let z = log_partition.square();
-
-        let ignored = ignored.map(|ignored| ignored.reshape([n_tokens, 1]));
-        let sum = |x: Tensor<2>| match &ignored {
-            Some(ignored) => x.mask_fill(ignored.clone(), 0.0).sum(),
-            None => x.sum(),
-        };
-        let n_targets = sum(nll.clone().detach().ones_like());
-        CrossEntropy {
-            nll_sum: sum(nll),
-            z_sum: sum(z),
-            n_targets,
-        }
+        cross_entropy(self, logits, targets, None)
     }
 }

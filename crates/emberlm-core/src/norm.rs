@@ -1,13 +1,16 @@
-//! The normalisation of a block: layer norm or RMS norm, both Burn's modules.
+//! The normalisation of a block: layer norm or RMS norm.
 
 use burn::{
     config::Config,
-    module::Module,
-    nn::{LayerNorm, LayerNormConfig, RmsNorm, RmsNormConfig},
-    tensor::{DType, Device, Tensor},
+    module::{Module, Param},
+    nn::Initializer,
+    tensor::{Device, Tensor},
 };
 
-use crate::InvalidConfig;
+use crate::{
+    InvalidConfig,
+    operators::{Implementation, NormParameters, add_norm, norm_by},
+};
 
 /// Which normalisation.
 #[derive(Config, Debug, PartialEq)]
@@ -48,19 +51,37 @@ impl NormConfig {
     /// Makes the module for vectors of `d_model` components.
     pub fn init(&self, d_model: usize, device: &Device) -> Norm {
         match *self {
-            Self::Layer { epsilon, bias } => Norm::Layer(
-                LayerNormConfig::new(d_model)
-                    .with_epsilon(epsilon)
-                    .with_bias(bias)
-                    .init(device),
-            ),
-            Self::Rms { epsilon } => Norm::Rms(
-                RmsNormConfig::new(d_model)
-                    .with_epsilon(epsilon)
-                    .init(device),
-            ),
+            Self::Layer { epsilon, bias } => Norm::Layer(LayerNorm {
+                gamma: Initializer::Ones.init([d_model], device),
+                beta: bias.then(|| Initializer::Zeros.init([d_model], device)),
+                epsilon,
+            }),
+            Self::Rms { epsilon } => Norm::Rms(RmsNorm {
+                gamma: Initializer::Ones.init([d_model], device),
+                epsilon,
+            }),
         }
     }
+}
+
+/// The parameters of a layer norm, named as in burn-nn.
+#[derive(Module, Debug)]
+pub struct LayerNorm {
+    /// `[d_model]`; the factors.
+    pub gamma: Param<Tensor<1>>,
+    /// `[d_model]`; the shift.
+    pub beta: Option<Param<Tensor<1>>>,
+    /// Added to the variance.
+    pub epsilon: f64,
+}
+
+/// The parameters of a root mean square norm, named as in burn-nn.
+#[derive(Module, Debug)]
+pub struct RmsNorm {
+    /// `[d_model]`; the factors.
+    pub gamma: Param<Tensor<1>>,
+    /// Added to the mean square.
+    pub epsilon: f64,
 }
 
 /// Layer norm or RMS norm, by [`NormConfig`].
@@ -79,14 +100,32 @@ impl Norm {
     ///
     /// - `x`, output: `[.., d_model]`
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        norm_by(Implementation::of(&x.device()), x, &self.parameters())
+    }
+
+    /// `s = x + y` and the norm of `s`, as [`add_norm`].
+    pub fn add_and_forward<const D: usize>(
+        &self,
+        x: Tensor<D>,
+        y: Tensor<D>,
+    ) -> (Tensor<D>, Tensor<D>) {
+        add_norm(x, y, &self.parameters())
+    }
+
+    fn parameters(&self) -> NormParameters {
         match self {
-            Self::Layer(norm) => norm.forward(x),
-            // Burn's module takes the mean square in f32 whatever it is given; a model in f64 keeps its precision.
-            Self::Rms(norm) if x.dtype() == DType::F64 => {
-                let rms = (x.clone().square().mean_dim(D - 1) + norm.epsilon).sqrt();
-                x / rms * norm.gamma.val().unsqueeze()
-            }
-            Self::Rms(norm) => norm.forward(x),
+            Self::Layer(norm) => NormParameters {
+                centered: true,
+                epsilon: norm.epsilon,
+                scale: norm.gamma.val(),
+                shift: norm.beta.as_ref().map(Param::val),
+            },
+            Self::Rms(norm) => NormParameters {
+                centered: false,
+                epsilon: norm.epsilon,
+                scale: norm.gamma.val(),
+                shift: None,
+            },
         }
     }
 }

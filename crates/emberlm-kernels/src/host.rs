@@ -37,8 +37,7 @@ impl<'a, E: Stored> View<'a, E> {
     /// If an element of the view lies outside `elements`.
     pub fn strided(elements: &'a [E], first: usize, dims: [usize; 4], strides: [isize; 4]) -> Self {
         // Safety: asserted below. `wrapping_add`: a view of no elements may begin beyond them.
-        let view =
-            unsafe { Self::from_raw(elements.as_ptr().wrapping_add(first), dims, strides) };
+        let view = unsafe { Self::from_raw(elements.as_ptr().wrapping_add(first), dims, strides) };
         view.assert_inside(elements, first);
         view
     }
@@ -147,11 +146,15 @@ impl<'a, E: Stored> View<'a, E> {
 
     fn is_contiguous(&self) -> bool {
         let mut expected = 1;
-        self.dims.iter().zip(self.strides).rev().all(|(dim, stride)| {
-            let fits = *dim <= 1 || stride == expected;
-            expected *= *dim as isize;
-            fits
-        })
+        self.dims
+            .iter()
+            .zip(self.strides)
+            .rev()
+            .all(|(dim, stride)| {
+                let fits = *dim <= 1 || stride == expected;
+                expected *= *dim as isize;
+                fits
+            })
     }
 
     /// The stride of rows and of columns, if all rows along the last axis are equally far apart.

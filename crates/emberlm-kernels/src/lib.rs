@@ -9,6 +9,7 @@
 //! | [`Operator`], [`run`] | a forward and a backward pass, and Burn's operator made of them |
 //! | [`View`], [`Array`] | the elements of a tensor in place, and those of a tensor to be |
 //! | [`Real`] | what `f32` and `f64` offer as vectors of any width, with [`Real::vexp`] |
+//! | [`math`] | activations of vectors with their derivatives |
 //! | [`Stored`] | the element types of tensors, and the `Real` that each is computed in |
 //! | [`kernel!`] | defines a function that runs on vectors |
 //! | [`rows`] | rows shared among threads, with sums that do not depend on their number |
@@ -27,6 +28,7 @@
 mod buffer;
 mod host;
 mod kernel;
+pub mod math;
 pub mod matrix;
 mod memory;
 mod operator;

@@ -84,7 +84,11 @@ impl<'a, R: Real> Matrix<'a, R> {
     ///
     /// If there are fewer.
     pub fn rows(&self, first: usize, n: usize) -> Matrix<'_, R> {
-        assert!(first + n <= self.n_rows, "rows {first} + {n} of {}", self.n_rows);
+        assert!(
+            first + n <= self.n_rows,
+            "rows {first} + {n} of {}",
+            self.n_rows
+        );
         Matrix {
             first: self.first.wrapping_offset(first as isize * self.row_stride),
             n_rows: n,
@@ -182,7 +186,11 @@ mod tests {
                     Store::Add => c[i * n + j],
                 };
                 for p in 0..k {
-                    let b = if transposed { b[j * k + p] } else { b[p * n + j] };
+                    let b = if transposed {
+                        b[j * k + p]
+                    } else {
+                        b[p * n + j]
+                    };
                     sum += a[i * k + p] * b;
                 }
                 expected[i * n + j] = sum;
@@ -202,7 +210,13 @@ mod tests {
 
     #[test]
     fn products_are_exact() {
-        for sizes in [[1, 1, 1], [3, 17, 5], [70, 65, 130], [1, 300, 200], [4, 3, 0]] {
+        for sizes in [
+            [1, 1, 1],
+            [3, 17, 5],
+            [70, 65, 130],
+            [1, 300, 200],
+            [4, 3, 0],
+        ] {
             for transposed in [false, true] {
                 for store in [Store::Replace, Store::Add] {
                     check::<f32>(sizes, transposed, store);
@@ -221,7 +235,12 @@ mod tests {
         assert_eq!(matrix.first, elements[2..].as_ptr());
         let identity: Vec<f32> = (0..9).map(|i| f32::from(i % 4 == 0)).collect();
         let mut c = vec![0.0; 12];
-        product(&matrix, &Matrix::new(&identity, [3, 3]), &mut c, Store::Replace);
+        product(
+            &matrix,
+            &Matrix::new(&identity, [3, 3]),
+            &mut c,
+            Store::Replace,
+        );
         assert_eq!(c, *view.reals());
     }
 
@@ -236,7 +255,12 @@ mod tests {
             let mut c = vec![0.0; m * n];
             pool.build().unwrap().install(|| {
                 let b = Matrix::new(&b, [n, k]);
-                product(&Matrix::new(&a, [m, k]), &b.transposed(), &mut c, Store::Replace);
+                product(
+                    &Matrix::new(&a, [m, k]),
+                    &b.transposed(),
+                    &mut c,
+                    Store::Replace,
+                );
             });
             c
         };

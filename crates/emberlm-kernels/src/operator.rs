@@ -74,13 +74,16 @@ pub trait Operator: Debug + Send + Sync + 'static {
     /// What the backward pass needs besides inputs and outputs.
     type Saved<E: Stored>: Send + Sync + 'static;
 
-    /// Whether the backward pass needs the outputs.
-    const KEEPS_OUTPUTS: bool = false;
-
     /// Whether the backward pass needs input `i`.
     fn keeps_input(&self, i: usize) -> bool {
         let _ = i;
         true
+    }
+
+    /// Whether the backward pass needs output `i`.
+    fn keeps_output(&self, i: usize) -> bool {
+        let _ = i;
+        false
     }
 
     /// Computes the outputs.
@@ -147,7 +150,7 @@ impl<E: Stored> Array<E> {
 #[derive(Debug)]
 pub struct Pass<'a, E, S> {
     inputs: Vec<Option<View<'a, E>>>,
-    outputs: Vec<View<'a, E>>,
+    outputs: Vec<Option<View<'a, E>>>,
     gradients: Vec<Option<View<'a, E>>>,
     /// What the forward pass saved.
     pub saved: &'a S,
@@ -169,9 +172,9 @@ impl<'a, E: Stored, S> Pass<'a, E, S> {
     ///
     /// # Panics
     ///
-    /// If not [`Operator::KEEPS_OUTPUTS`].
+    /// Unless [`Operator::keeps_output`] said that it is needed.
     pub fn output(&self, i: usize) -> View<'a, E> {
-        self.outputs[i]
+        self.outputs[i].expect("the operator keeps this output")
     }
 
     /// The gradient of output `i`; nothing where nothing came back, which is zero.
@@ -268,10 +271,8 @@ impl<B: Backend> ExtensionType<B> for Tensors<B> {
     Autodiff,
 )]
 trait HostOperators: Backend {
-    fn run<O: Operator>(
-        #[extension_type] inputs: Tensors<Self>,
-        operator: Arc<O>,
-    ) -> Tensors<Self>;
+    fn run<O: Operator>(#[extension_type] inputs: Tensors<Self>, operator: Arc<O>)
+    -> Tensors<Self>;
 }
 
 macro_rules! on_host {
@@ -339,7 +340,7 @@ struct State<B: Backend, O> {
     operator: Arc<O>,
     dtype: DType,
     inputs: Vec<Option<FloatTensor<B>>>,
-    outputs: Vec<FloatTensor<B>>,
+    outputs: Vec<Option<FloatTensor<B>>>,
     saved: Saved,
     /// Nothing for one output, whose gradient is that of the node.
     arrived: Option<Arrived<B>>,
@@ -399,14 +400,15 @@ fn tracked<B: HostBackend, C: CheckpointStrategy, O: Operator, const N: usize>(
     let own = match step.stateful() {
         OpsKind::UnTracked(step) => step.finish(own),
         OpsKind::Tracked(step) => {
-            let keep = |(i, input)| operator.keeps_input(i).then_some(input);
+            let inputs = (0..).zip(inputs);
+            let outputs = (0..).zip(&outputs);
             let state = State {
-                inputs: inputs.into_iter().enumerate().map(keep).collect(),
-                outputs: if O::KEEPS_OUTPUTS {
-                    outputs.clone()
-                } else {
-                    Vec::new()
-                },
+                inputs: inputs
+                    .map(|(i, input)| operator.keeps_input(i).then_some(input))
+                    .collect(),
+                outputs: outputs
+                    .map(|(i, output)| operator.keeps_output(i).then(|| output.clone()))
+                    .collect(),
                 operator,
                 dtype,
                 saved,
@@ -479,7 +481,7 @@ fn backward_of<B: HostBackend, O: Operator, E: Stored>(
 ) -> Vec<Option<FloatTensor<B>>> {
     let pass = Pass {
         inputs: views::<B, E>(&state.inputs),
-        outputs: state.outputs.iter().map(B::view).collect(),
+        outputs: views::<B, E>(&state.outputs),
         gradients: views::<B, E>(arrived),
         saved: state
             .saved

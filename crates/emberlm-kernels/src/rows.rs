@@ -43,7 +43,14 @@ mod tests {
 
     #[test]
     fn ranges_cover_all_rows_once_and_in_order() {
-        for (n_rows, width) in [(0, 5), (1, 1), (7, 100_000), (1000, 384), (100_000, 1), (3, 0)] {
+        for (n_rows, width) in [
+            (0, 5),
+            (1, 1),
+            (7, 100_000),
+            (1000, 384),
+            (100_000, 1),
+            (3, 0),
+        ] {
             let covered = sum_ranges(
                 n_rows,
                 width,

@@ -11,10 +11,12 @@ use emberlm_attention::{
     MultiHeadAttentionConfig,
 };
 use emberlm_core::{
-    Activation, BatchData, CachedModel, CausalModel, Context, FeedForward, FeedForwardConfig,
-    GatedMlp, Gpt2Init, InvalidConfig, KvCache, LearnedPositions, LearnedPositionsConfig, Lengths,
-    Mlp, Norm, NormConfig, NormPlacement, Pattern, PatternError, RandomKey, ResidualBlock,
-    ResidualBlockConfig, RotaryConfig, RotaryLayout, SequenceMixer, assert_valid, dropout,
+    Activation, BatchData, CachedModel, CausalModel, Context, CrossEntropy, CrossEntropyConfig,
+    FeedForward, FeedForwardConfig, GatedMlp, Gpt2Init, InvalidConfig, KvCache, LearnedPositions,
+    LearnedPositionsConfig, Lengths, Mlp, Norm, NormConfig, NormPlacement, Pattern, PatternError,
+    RandomKey, ResidualBlock, ResidualBlockConfig, ResidualStream, RotaryConfig, RotaryLayout,
+    SequenceMixer, assert_valid, dropout,
+    operators::{Projection, embed, projected_cross_entropy},
     sinusoidal_positions,
 };
 
@@ -417,11 +419,11 @@ impl Decoder {
     ) -> Tensor<3> {
         let [_, seq_length] = tokens.dims();
         let context = Context::new(Lengths::square(seq_length)).with_dropout_key(dropout_key);
-        let mut x = self.embed(tokens, &context);
+        let mut stream = ResidualStream::new(self.embed(tokens, &context));
         for (i, block) in (FIRST_BLOCK..).zip(&self.blocks) {
-            x = block.forward(x, &context.fold(i));
+            stream = block.forward_stream(stream, &context.fold(i));
         }
-        self.last_norm(x)
+        self.last_norm(stream)
     }
 
     /// Scores of the next token from hidden states.
@@ -431,37 +433,37 @@ impl Decoder {
     /// - `hidden`: `[batch_size, seq_length, d_model]`
     /// - output: `[batch_size, seq_length, vocab_size]`
     pub fn project(&self, hidden: Tensor<3>) -> Tensor<3> {
+        self.projection().forward(hidden)
+    }
+
+    fn projection(&self) -> Projection {
         match &self.head {
-            Some(head) => head.forward(hidden),
-            None => hidden.matmul(self.tokens.weight.val().transpose().unsqueeze()),
+            Some(head) => Projection::Columns(head.weight.val()),
+            None => Projection::Rows(self.tokens.weight.val()),
         }
     }
 
     fn embed(&self, tokens: Tensor<2, Int>, context: &Context) -> Tensor<3> {
         let [_, seq_length] = tokens.dims();
-        let x = self.tokens.forward(tokens);
-        let d_model = x.dims()[2];
-        let x = match &self.positions {
-            Some(positions) => x + positions.forward(context.lengths.first_position, seq_length),
-            None if self.sinusoidal => {
-                let table = sinusoidal_positions(
-                    context.lengths.first_position,
-                    seq_length,
-                    d_model,
-                    x.dtype(),
-                    &x.device(),
-                );
-                x * (d_model as f64).sqrt() + table
-            }
-            None => x,
+        let first_position = context.lengths.first_position;
+        let positions = self.positions.as_ref();
+        let positions = positions.map(|positions| (positions.weight.val(), first_position));
+        let x = embed(self.tokens.weight.val(), tokens, positions);
+        let x = if self.sinusoidal {
+            let [_, _, d_model] = x.dims();
+            let (dtype, device) = (x.dtype(), x.device());
+            let table = sinusoidal_positions(first_position, seq_length, d_model, dtype, &device);
+            x * (d_model as f64).sqrt() + table
+        } else {
+            x
         };
         dropout(x, self.dropout, context.fold(EMBEDDING).dropout_key)
     }
 
-    fn last_norm(&self, x: Tensor<3>) -> Tensor<3> {
+    fn last_norm(&self, stream: ResidualStream) -> Tensor<3> {
         match &self.norm {
-            Some(norm) => norm.forward(x),
-            None => x,
+            Some(norm) => stream.norm(norm).1,
+            None => stream.into_sum(),
         }
     }
 }
@@ -469,6 +471,21 @@ impl Decoder {
 impl CausalModel for Decoder {
     fn forward(&self, tokens: Tensor<2, Int>, dropout_key: Option<RandomKey>) -> Tensor<3> {
         self.project(self.hidden_states(tokens, dropout_key))
+    }
+
+    fn loss(
+        &self,
+        tokens: Tensor<2, Int>,
+        targets: Tensor<2, Int>,
+        config: &CrossEntropyConfig,
+        dropout_key: Option<RandomKey>,
+    ) -> CrossEntropy {
+        let hidden = self.hidden_states(tokens, dropout_key);
+        let [batch_size, seq_length, d_model] = hidden.dims();
+        let n_tokens = batch_size * seq_length;
+        let hidden = hidden.reshape([n_tokens, d_model]);
+        let targets = targets.reshape([n_tokens]);
+        projected_cross_entropy(config, hidden, &self.projection(), targets, None)
     }
 }
 
@@ -497,10 +514,10 @@ impl CachedModel for Decoder {
         let lengths = Lengths::new(seq_length, first_position + seq_length)
             .with_first_position(first_position);
         let context = Context::new(lengths);
-        let mut x = self.embed(tokens, &context);
+        let mut stream = ResidualStream::new(self.embed(tokens, &context));
         for (block, cache) in self.blocks.iter().zip(&mut cache.layers) {
-            x = block.forward_cached(x, &context, cache);
+            stream = block.forward_stream_cached(stream, &context, cache);
         }
-        self.project(self.last_norm(x))
+        self.project(self.last_norm(stream))
     }
 }

@@ -84,13 +84,8 @@ impl<M: Trainable> LanguageModel<M> {
     }
 
     fn cross_entropy(&self, config: &CrossEntropyConfig, batch: TokenBatch) -> CrossEntropy {
-        let logits = self.model.forward(batch.inputs, batch.dropout_key);
-        let [batch_size, seq_length, vocab_size] = logits.dims();
-        let n_tokens = batch_size * seq_length;
-        config.forward(
-            logits.reshape([n_tokens, vocab_size]),
-            batch.targets.reshape([n_tokens]),
-        )
+        self.model
+            .loss(batch.inputs, batch.targets, config, batch.dropout_key)
     }
 }
 

@@ -1,6 +1,6 @@
 //! Linear projections.
 
-use burn::tensor::Tensor;
+use burn::{module::Param, nn::Linear, tensor::Tensor};
 use emberlm_kernels::{
     Array, Buffer, Gradient, Operator, Pass, Real, Stored, View,
     matrix::{Matrix, Store, product},
@@ -38,6 +38,32 @@ pub fn linear<const D: usize>(
     bias: Option<Tensor<1>>,
 ) -> Tensor<D> {
     linear_by(Implementation::of(&x.device()), x, weight, bias)
+}
+
+/// [`linear`] with the parameters of burn-nn's layer.
+///
+/// # Panics
+///
+/// As [`linear`].
+pub fn project<const D: usize>(layer: &Linear, x: Tensor<D>) -> Tensor<D> {
+    let (weight, bias) = parameters(layer);
+    linear(x, weight, bias)
+}
+
+/// [`linears`] with the parameters of burn-nn's layers.
+///
+/// # Panics
+///
+/// As [`linears`].
+pub fn project_all<const D: usize, const N: usize>(
+    layers: [&Linear; N],
+    x: Tensor<D>,
+) -> [Tensor<D>; N] {
+    linears(x, layers.map(parameters))
+}
+
+fn parameters(layer: &Linear) -> (Tensor<2>, Option<Tensor<1>>) {
+    (layer.weight.val(), layer.bias.as_ref().map(Param::val))
 }
 
 /// [`linear`] by a given implementation.
@@ -96,11 +122,15 @@ pub fn linears_by<const D: usize, const N: usize>(
         );
         if let Some(bias) = bias {
             let [n] = bias.dims();
-            assert_eq!(n, d_output, "d_output: the bias has {n}, the weight {d_output}");
+            assert_eq!(
+                n, d_output,
+                "d_output: the bias has {n}, the weight {d_output}"
+            );
         }
     }
     if implementation != Implementation::Native {
-        return projections.map(|(weight, bias)| on_rows(x.clone(), |x| definition(x, weight, bias)));
+        return projections
+            .map(|(weight, bias)| on_rows(x.clone(), |x| definition(x, weight, bias)));
     }
     let operator = Linears {
         has_bias: projections.iter().map(|(_, bias)| bias.is_some()).collect(),
@@ -161,7 +191,7 @@ impl Operator for Linears {
             let weight = Matrix::of_view(&inputs[1 + i]);
             let [_, width] = weight.dims();
             let bias = self.bias(i).map(|bias| inputs[bias].reals());
-            let output = project(&x, &weight, bias.as_deref());
+            let output = multiply_from(&x, &weight, bias.as_deref());
             Array::from_reals(output, &[n_rows, width])
         });
         (outputs.collect(), ())
@@ -205,10 +235,11 @@ impl Operator for Linears {
 
 /// `a b`
 pub(super) fn multiply<R: Real>(a: &Matrix<'_, R>, b: &Matrix<'_, R>) -> Vec<R> {
-    project(a, b, None)
+    multiply_from(a, b, None)
 }
 
-fn project<R: Real>(a: &Matrix<'_, R>, b: &Matrix<'_, R>, bias: Option<&[R]>) -> Vec<R> {
+/// `bias + a b` in every row, or `a b`.
+fn multiply_from<R: Real>(a: &Matrix<'_, R>, b: &Matrix<'_, R>, bias: Option<&[R]>) -> Vec<R> {
     let ([n_rows, inner], [_, width]) = (a.dims(), b.dims());
     let mut output = Buffer::new(n_rows * width);
     // Safety: nobody else has the buffer; a product that replaces writes all of it, but for an empty inner axis.

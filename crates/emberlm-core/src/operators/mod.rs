@@ -6,7 +6,7 @@
 //!
 //! | function | what |
 //! |---|---|
-//! | [`linear`], [`linears`] | one product, or several of one input |
+//! | [`linear`], [`linears`] | one product, or several of one input; [`project`], [`project_all`] for burn-nn's layers |
 //! | [`layer_norm`], [`rms_norm`], [`add_norm`] | normalisation, after the addition of a residual too |
 //! | [`activate`], [`gate`] | activations, plain and gated |
 //! | [`rotate`] | rotary positions |
@@ -35,13 +35,12 @@ pub use cross_entropy::{
     Projection, cross_entropy, cross_entropy_by, projected_cross_entropy,
     projected_cross_entropy_by,
 };
+pub(crate) use dropout::dropout_by;
 pub use dropout::{add_dropped, add_dropped_by};
 pub use embedding::{embed, embed_by};
-pub use linear::{linear, linear_by, linears, linears_by};
-pub use norm::{
-    NormParameters, add_norm, add_norm_by, layer_norm, norm_by, rms_norm,
-};
-pub use rotary::{rotate, rotate_by};
+pub use linear::{linear, linear_by, linears, linears_by, project, project_all};
+pub use norm::{NormParameters, add_norm, add_norm_by, layer_norm, norm_by, rms_norm};
+pub use rotary::{Rotation, rotate, rotate_by};
 
 /// Which code computes an operator.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

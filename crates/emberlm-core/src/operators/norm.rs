@@ -148,10 +148,16 @@ pub fn add_norm_by<const D: usize>(
 fn check(width: usize, NormParameters { scale, shift, .. }: &NormParameters) {
     assert!(width > 0, "width: a norm needs at least one component");
     let [n] = scale.dims();
-    assert_eq!(n, width, "width: the scale has {n} components, the input {width}");
+    assert_eq!(
+        n, width,
+        "width: the scale has {n} components, the input {width}"
+    );
     if let Some(shift) = shift {
         let [n] = shift.dims();
-        assert_eq!(n, width, "width: the shift has {n} components, the input {width}");
+        assert_eq!(
+            n, width,
+            "width: the shift has {n} components, the input {width}"
+        );
     }
 }
 
@@ -221,15 +227,15 @@ impl Norm {
 }
 
 impl Operator for Norm {
-    /// Statistics, and the sum if there is a residual.
-    type Saved<E: Stored> = (Statistics<E::Real>, Option<Vec<E::Real>>);
-
-    // The sum is an output, and kept as such.
-    const KEEPS_OUTPUTS: bool = false;
+    type Saved<E: Stored> = Statistics<E::Real>;
 
     fn keeps_input(&self, i: usize) -> bool {
-        // With a residual only the sum is needed.
+        // With a residual it is the sum that is needed.
         i == self.scale() || (i == 0 && !self.residual)
+    }
+
+    fn keeps_output(&self, i: usize) -> bool {
+        self.residual && i == 0
     }
 
     fn forward<E: Stored>(&self, inputs: &[View<'_, E>]) -> (Vec<Array<E>>, Self::Saved<E>) {
@@ -269,19 +275,17 @@ impl Operator for Norm {
         let shape = inputs[0].shape();
         let normed = Array::from_reals(normed, shape);
         let statistics = Statistics { means, factors };
-        if self.residual {
-            let kept = sum.clone();
-            (vec![Array::from_reals(sum, shape), normed], (statistics, Some(kept)))
-        } else {
-            (vec![normed], (statistics, None))
-        }
+        let outputs = match self.residual {
+            true => vec![Array::from_reals(sum, shape), normed],
+            false => vec![normed],
+        };
+        (outputs, statistics)
     }
 
     fn backward<E: Stored>(&self, pass: &Pass<'_, E, Self::Saved<E>>) -> Vec<Gradient<E>> {
-        let (statistics, sum) = pass.saved;
-        let x = match sum {
-            Some(sum) => std::borrow::Cow::Borrowed(&sum[..]),
-            None => pass.input(0).reals(),
+        let x = match self.residual {
+            true => pass.output(0).reals(),
+            false => pass.input(0).reals(),
         };
         let d_sum = self.residual.then(|| pass.gradient(0)).flatten();
         let scale = pass.input(self.scale());
@@ -304,7 +308,7 @@ impl Operator for Norm {
             x: &x,
             d_sum: d_sum.as_deref(),
             d_normed: &d_normed,
-            statistics,
+            statistics: pass.saved,
         };
         let sums = rows::sum_ranges(
             n_rows,
@@ -317,7 +321,14 @@ impl Operator for Norm {
                 };
                 let mut d_scale = vec![E::Real::default(); width];
                 let mut d_shift = d_scale.clone();
-                backward_rows(range, &incoming, parameters, &to, &mut d_scale, &mut d_shift);
+                backward_rows(
+                    range,
+                    &incoming,
+                    parameters,
+                    &to,
+                    &mut d_scale,
+                    &mut d_shift,
+                );
                 (d_scale, d_shift)
             },
             |a, b| (add(a.0, b.0), add(a.1, b.1)),

@@ -1,11 +1,11 @@
 //! Rotary position embeddings, in both published layouts.
 
-use burn::{
-    config::Config,
-    tensor::{DType, Device, Tensor, TensorData},
-};
+use burn::{config::Config, tensor::Tensor};
 
-use crate::InvalidConfig;
+use crate::{
+    InvalidConfig,
+    operators::{Rotation, rotate},
+};
 
 /// Which components form a pair. Checkpoints are trained for one of the two.
 #[derive(Config, Debug, Copy, PartialEq, Eq)]
@@ -77,56 +77,34 @@ impl RotaryConfig {
     ///
     /// If the last axis is not `d_head`.
     pub fn forward(&self, x: Tensor<4>, first_position: usize) -> Tensor<4> {
-        let [batch_size, n_heads, seq_length, d_head] = x.dims();
-        assert_eq!(
-            d_head, self.d_head,
-            "d_head: the input has {d_head} components, the rotary embedding {}",
-            self.d_head
-        );
-        let half = d_head / 2;
-        // The axis that tells the two components of a pair apart: last when they are neighbours.
-        let (pairs, first, second): ([usize; 5], usize, [usize; 5]) = match self.layout {
-            RotaryLayout::Interleaved => (
-                [batch_size, n_heads, seq_length, half, 2],
-                4,
-                [1, 1, seq_length, half, 1],
-            ),
-            RotaryLayout::HalfSplit => (
-                [batch_size, n_heads, seq_length, 2, half],
-                3,
-                [1, 1, seq_length, 1, half],
-            ),
-        };
-        let [cos, sin] = self.tables(first_position, seq_length, x.dtype(), &x.device());
-        let (cos, sin) = (cos.reshape(second), sin.reshape(second));
-        let x = x.reshape(pairs);
-        let a = x.clone().narrow(first, 0, 1);
-        let b = x.narrow(first, 1, 1);
-        let turned_a = a.clone() * cos.clone() - b.clone() * sin.clone();
-        let turned_b = b * cos + a * sin;
-        Tensor::cat(vec![turned_a, turned_b], first)
-            .reshape([batch_size, n_heads, seq_length, d_head])
+        let [x] = self.forward_all([x], first_position);
+        x
     }
 
-    /// Cosines and sines, each `[seq_length, d_head / 2]`, computed in f64.
-    fn tables(
+    /// [`forward`](Self::forward) of queries and keys together.
+    ///
+    /// # Panics
+    ///
+    /// As [`forward`](Self::forward).
+    pub fn forward_all<const N: usize>(
         &self,
+        xs: [Tensor<4>; N],
         first_position: usize,
-        seq_length: usize,
-        dtype: DType,
-        device: &Device,
-    ) -> [Tensor<2>; 2] {
-        let half = self.d_head / 2;
-        let angles: Vec<f64> = (first_position..first_position + seq_length)
-            .flat_map(|position| {
-                (0..half).map(move |pair| {
-                    position as f64 * self.theta.powf(-2.0 * pair as f64 / self.d_head as f64)
-                })
-            })
-            .collect();
-        [f64::cos, f64::sin].map(|f| {
-            let values: Vec<f64> = angles.iter().copied().map(f).collect();
-            Tensor::from_data(TensorData::new(values, [seq_length, half]), (device, dtype))
-        })
+    ) -> [Tensor<4>; N] {
+        for x in &xs {
+            let [.., d_head] = x.dims();
+            assert_eq!(
+                d_head, self.d_head,
+                "d_head: the input has {d_head} components, the rotary embedding {}",
+                self.d_head
+            );
+        }
+        let frequency = |pair| self.theta.powf(-2.0 * pair as f64 / self.d_head as f64);
+        let rotation = Rotation {
+            frequencies: (0..self.d_head / 2).map(frequency).collect(),
+            layout: self.layout,
+            first_position,
+        };
+        rotate(xs, &rotation)
     }
 }

@@ -68,7 +68,9 @@ impl Operator for NativeAttention {
     /// The log-sum-exp, `[batch_size, n_heads, query_length]`.
     type Saved<E: Stored> = Vec<E::Real>;
 
-    const KEEPS_OUTPUTS: bool = true;
+    fn keeps_output(&self, _: usize) -> bool {
+        true
+    }
 
     fn forward<E: Stored>(&self, inputs: &[View<'_, E>]) -> (Vec<Array<E>>, Vec<E::Real>) {
         let problem = self.problem(inputs);

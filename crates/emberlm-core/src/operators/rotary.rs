@@ -1,0 +1,217 @@
+//! Rotary positions.
+
+use burn::tensor::{DType, Device, Tensor, TensorData};
+use emberlm_kernels::{
+    Array, Buffer, Gradient, Operator, Pass, Real, Stored, View, kernel, rows, run, vectors,
+};
+
+use super::Implementation;
+use crate::RotaryLayout;
+
+/// How rotary positions turn a head: pair `i` of the components of position `t` by the angle `t frequencies[i]`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rotation {
+    /// In radians a position, one for each pair; components behind the pairs stay as they are.
+    pub frequencies: Vec<f64>,
+    /// Which components form a pair.
+    pub layout: RotaryLayout,
+    /// Position of the first row.
+    pub first_position: usize,
+}
+
+/// Turns queries, keys or both. The backward pass turns the gradients back.
+///
+/// Su et al. 2021, equation 34, <https://arxiv.org/abs/2104.09864>. Any scaling of positions or frequencies is a choice
+/// of [`Rotation::frequencies`]; with fewer pairs than half the width only the first components are turned.
+///
+/// # Shapes
+///
+/// - each input and output: `[batch_size, n_heads, seq_length, d_head]`, with `n_heads` of its own
+///
+/// # Panics
+///
+/// If there are more pairs than components for them.
+pub fn rotate<const N: usize>(xs: [Tensor<4>; N], rotation: &Rotation) -> [Tensor<4>; N] {
+    rotate_by(Implementation::of(&xs[0].device()), xs, rotation)
+}
+
+/// [`rotate`] by a given implementation.
+///
+/// # Panics
+///
+/// As [`rotate`].
+pub fn rotate_by<const N: usize>(
+    implementation: Implementation,
+    xs: [Tensor<4>; N],
+    rotation: &Rotation,
+) -> [Tensor<4>; N] {
+    let n_turned = 2 * rotation.frequencies.len();
+    for x in &xs {
+        let [.., d_head] = x.dims();
+        assert!(
+            n_turned <= d_head,
+            "d_head: {n_turned} components are to be turned, the input has {d_head}"
+        );
+    }
+    if implementation != Implementation::Native {
+        return xs.map(|x| rotation.definition(x));
+    }
+    // Rows of a position lie together.
+    let by_position = xs.map(|x| x.swap_dims(1, 2).into_dispatch());
+    run::<_, N>(rotation.clone(), by_position)
+        .map(|x| Tensor::<4>::from_dispatch(x).swap_dims(1, 2))
+}
+
+impl Rotation {
+    /// Cosines and sines, each `[seq_length, n_pairs]`, computed in f64.
+    fn tables(&self, seq_length: usize) -> [Vec<f64>; 2] {
+        let angles = || {
+            (self.first_position..self.first_position + seq_length).flat_map(|position| {
+                let position = position as f64;
+                self.frequencies
+                    .iter()
+                    .map(move |frequency| position * frequency)
+            })
+        };
+        [
+            angles().map(f64::cos).collect(),
+            angles().map(f64::sin).collect(),
+        ]
+    }
+
+    fn table_tensors(&self, seq_length: usize, dtype: DType, device: &Device) -> [Tensor<2>; 2] {
+        let shape = [seq_length, self.frequencies.len()];
+        self.tables(seq_length)
+            .map(|table| Tensor::from_data(TensorData::new(table, shape), (device, dtype)))
+    }
+
+    fn definition(&self, x: Tensor<4>) -> Tensor<4> {
+        let [batch_size, n_heads, seq_length, d_head] = x.dims();
+        let half = self.frequencies.len();
+        if half == 0 {
+            return x;
+        }
+        // The axis that tells the two components of a pair apart: last when they are neighbours.
+        let (pairs, axis, table): ([usize; 5], usize, [usize; 5]) = match self.layout {
+            RotaryLayout::Interleaved => (
+                [batch_size, n_heads, seq_length, half, 2],
+                4,
+                [1, 1, seq_length, half, 1],
+            ),
+            RotaryLayout::HalfSplit => (
+                [batch_size, n_heads, seq_length, 2, half],
+                3,
+                [1, 1, seq_length, 1, half],
+            ),
+        };
+        let [cos, sin] = self.table_tensors(seq_length, x.dtype(), &x.device());
+        let (cos, sin) = (cos.reshape(table), sin.reshape(table));
+        let rest = (d_head > 2 * half).then(|| x.clone().narrow(3, 2 * half, d_head - 2 * half));
+        let x = x.narrow(3, 0, 2 * half).reshape(pairs);
+        let a = x.clone().narrow(axis, 0, 1);
+        let b = x.narrow(axis, 1, 1);
+        let turned_a = a.clone() * cos.clone() - b.clone() * sin.clone();
+        let turned_b = b * cos + a * sin;
+        let turned = Tensor::cat(vec![turned_a, turned_b], axis).reshape([
+            batch_size,
+            n_heads,
+            seq_length,
+            2 * half,
+        ]);
+        match rest {
+            Some(rest) => Tensor::cat(vec![turned, rest], 3),
+            None => turned,
+        }
+    }
+
+    /// Turns `[batch_size, seq_length, n_heads, d_head]` by the angles, or back.
+    fn turn<E: Stored>(&self, x: &View<'_, E>, back: bool) -> Array<E> {
+        let [_, seq_length, n_heads, d_head] = x.dims();
+        let half = self.frequencies.len();
+        let [cos, sin] = self.tables(seq_length);
+        let sign = if back { -1.0 } else { 1.0 };
+        let cos: Vec<E::Real> = cos.into_iter().map(E::Real::from_f64).collect();
+        let sin: Vec<E::Real> = sin
+            .into_iter()
+            .map(|x| E::Real::from_f64(sign * x))
+            .collect();
+        let elements = x.reals();
+        let width = n_heads * d_head;
+        let mut output = Buffer::new(elements.len());
+        let to = output.shared();
+        let n_positions = elements.len().checked_div(width).unwrap_or(0);
+        rows::for_each_range(n_positions, width, |range| {
+            for i in range {
+                let table = (i % seq_length) * half;
+                let (cos, sin) = (&cos[table..table + half], &sin[table..table + half]);
+                for head in 0..n_heads {
+                    let at = i * width + head * d_head;
+                    let from = &elements[at..at + d_head];
+                    // Safety: each position belongs to one range.
+                    let to = unsafe { to.part(at, d_head) };
+                    match self.layout {
+                        RotaryLayout::HalfSplit => turn_halves(from, cos, sin, to),
+                        RotaryLayout::Interleaved => turn_neighbours(from, cos, sin, to),
+                    }
+                    to[2 * half..].copy_from_slice(&from[2 * half..]);
+                }
+            }
+        });
+        // Safety: the ranges cover all positions, and the heads all their elements.
+        Array::from_reals(unsafe { output.finish() }, x.shape())
+    }
+}
+
+impl Operator for Rotation {
+    type Saved<E: Stored> = ();
+
+    fn keeps_input(&self, _: usize) -> bool {
+        false
+    }
+
+    fn forward<E: Stored>(&self, inputs: &[View<'_, E>]) -> (Vec<Array<E>>, ()) {
+        let outputs = inputs.iter().map(|x| self.turn(x, false));
+        (outputs.collect(), ())
+    }
+
+    fn backward<E: Stored>(&self, pass: &Pass<'_, E, ()>) -> Vec<Gradient<E>> {
+        let back = |i| match pass.gradient(i) {
+            Some(d_output) => pass.if_wanted(i, || self.turn(&d_output, true)),
+            None => Gradient::None,
+        };
+        (0..pass.wanted.len()).map(back).collect()
+    }
+}
+
+kernel! {
+    fn turn_halves<'a, R: Real>(
+        simd: S,
+        from: &'a [R],
+        cos: &'a [R],
+        sin: &'a [R],
+        to: &'a mut [R],
+    ) -> () {
+        let half = cos.len();
+        for (j, n) in vectors::<R, S>(half) {
+            // Safety: both halves have `n` elements from `j` on.
+            unsafe {
+                let a = R::load_some(simd, from.as_ptr().add(j), n);
+                let b = R::load_some(simd, from.as_ptr().add(half + j), n);
+                let cos = R::load_some(simd, cos.as_ptr().add(j), n);
+                let sin = R::load_some(simd, sin.as_ptr().add(j), n);
+                let turned_a = R::vsub(simd, R::vmul(simd, a, cos), R::vmul(simd, b, sin));
+                let turned_b = R::vmul_add(simd, a, sin, R::vmul(simd, b, cos));
+                R::store_some(simd, to.as_mut_ptr().add(j), turned_a, n);
+                R::store_some(simd, to.as_mut_ptr().add(half + j), turned_b, n);
+            }
+        }
+    }
+}
+
+fn turn_neighbours<R: Real>(from: &[R], cos: &[R], sin: &[R], to: &mut [R]) {
+    let pairs = from.chunks_exact(2).zip(to.chunks_exact_mut(2));
+    for ((from, to), (cos, sin)) in pairs.zip(cos.iter().zip(sin)) {
+        to[0] = from[0] * *cos - from[1] * *sin;
+        to[1] = from[1] * *cos + from[0] * *sin;
+    }
+}
