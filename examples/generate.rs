@@ -63,6 +63,7 @@ struct Args {
 type AnyError = Box<dyn std::error::Error>;
 
 fn main() -> ExitCode {
+    emberlm::kernels::keep_freed_memory();
     exit_with(generate(&Args::parse()))
 }
 

@@ -78,6 +78,7 @@ struct Args {
 type AnyError = Box<dyn std::error::Error>;
 
 fn main() -> ExitCode {
+    emberlm::kernels::keep_freed_memory();
     let args = Args::parse();
     let mut code = ExitCode::SUCCESS;
     let result = pretrain(&args).map(|exit| code = exit);

@@ -253,7 +253,12 @@ fn median(mut seconds: Vec<f64>) -> f64 {
 }
 
 fn main() -> ExitCode {
-    exit_with(run(&Args::parse()))
+    let args = Args::parse();
+    // As `pretrain` does. A plain loop of Burn does not.
+    if args.only != Some(Contender::PlainBurn) {
+        emberlm::kernels::keep_freed_memory();
+    }
+    exit_with(run(&args))
 }
 
 // Allocation and warm-up; memory is counted from before the last of them, which also touches again what was given back.

@@ -99,6 +99,7 @@ struct Figures {
 }
 
 fn main() -> std::process::ExitCode {
+    emberlm::kernels::keep_freed_memory();
     exit_with(run(&Args::parse()))
 }
 

@@ -202,7 +202,7 @@ impl<'a, E: Stored> View<'a, E> {
     /// # Panics
     ///
     /// If there is no such row, or `to` is shorter.
-    #[inline]
+    #[inline(always)]
     pub fn copy_row(&self, row: [usize; 3], scale: E::Real, to: &mut [E::Real]) {
         let to = &mut to[..self.dims[3]];
         if self.strides[3] == 1 {
@@ -223,7 +223,7 @@ impl<'a, E: Stored> View<'a, E> {
     /// # Panics
     ///
     /// If there is no such row.
-    #[inline]
+    #[inline(always)]
     pub fn row(&self, row: [usize; 3]) -> impl ExactSizeIterator<Item = E> + use<'a, E> {
         let first = self.row_start(row);
         let stride = self.strides[3];
@@ -246,7 +246,7 @@ impl<'a, E: Stored> View<'a, E> {
         unsafe { *row.offset(l as isize * self.strides[3]) }
     }
 
-    #[inline]
+    #[inline(always)]
     fn row_start(&self, [i, j, k]: [usize; 3]) -> *const E {
         let [n_i, n_j, n_k, _] = self.dims;
         assert!(i < n_i && j < n_j && k < n_k, "row {i}, {j}, {k}");

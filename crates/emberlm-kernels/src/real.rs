@@ -67,6 +67,8 @@ pub trait Real:
     fn vdiv<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
     /// The larger of the two; where one is NaN, either.
     fn vmax<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
+    /// `sqrt a`
+    fn vsqrt<S: Simd>(simd: S, a: Self::Vector<S>) -> Self::Vector<S>;
     /// `|a|`
     fn vabs<S: Simd>(simd: S, a: Self::Vector<S>) -> Self::Vector<S>;
     /// Elements of `then` where `a < b`, of `otherwise` elsewhere (also where one of the two is NaN).
@@ -193,7 +195,7 @@ pub const fn lanes<T: Real, S: Simd>() -> usize {
 
 macro_rules! real {
     ($real:ident, $vector:ident, $splat:ident, $mul_add:ident, $add:ident, $sub:ident, $mul:ident, $div:ident,
-     $max:ident, $abs:ident, $less:ident, $select:ident, $reduce_max:ident, $reduce_sum:ident, $exp:ident,
+     $max:ident, $sqrt:ident, $abs:ident, $less:ident, $select:ident, $reduce_max:ident, $reduce_sum:ident, $exp:ident,
      $erf:path, $normal:path, $tanh_limit:literal) => {
         impl Real for $real {
             type Vector<S: Simd> = S::$vector;
@@ -251,6 +253,10 @@ macro_rules! real {
             #[inline(always)]
             fn vmax<S: Simd>(simd: S, a: S::$vector, b: S::$vector) -> S::$vector {
                 simd.$max(a, b)
+            }
+            #[inline(always)]
+            fn vsqrt<S: Simd>(simd: S, a: S::$vector) -> S::$vector {
+                simd.$sqrt(a)
             }
             #[inline(always)]
             fn vabs<S: Simd>(simd: S, a: S::$vector) -> S::$vector {
@@ -312,6 +318,7 @@ real!(
     mul_f32s,
     div_f32s,
     max_f32s,
+    sqrt_f32s,
     abs_f32s,
     less_than_f32s,
     select_f32s,
@@ -332,6 +339,7 @@ real!(
     mul_f64s,
     div_f64s,
     max_f64s,
+    sqrt_f64s,
     abs_f64s,
     less_than_f64s,
     select_f64s,

@@ -5,6 +5,7 @@ use burn::{
     optim::GradientsParams,
     tensor::{DType, Tensor},
 };
+use emberlm_core::operators::sum_of_squares;
 
 /// Euclidean norm of all gradients taken together, as if they were one vector.
 ///
@@ -17,7 +18,7 @@ pub fn global_norm<M: Module>(module: &M, gradients: &GradientsParams) -> f64 {
     impl ModuleVisitor for Squares<'_> {
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
             if let Some(gradient) = self.gradients.get::<D>(param.id) {
-                self.sums.push(gradient.square().sum());
+                self.sums.push(sum_of_squares(gradient));
             }
         }
     }

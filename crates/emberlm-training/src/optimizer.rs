@@ -9,6 +9,8 @@ use burn::{
     tensor::{Device, Tensor, TensorData},
 };
 
+use emberlm_core::operators::{self, AdamWStep, Implementation};
+
 use crate::TrainingConfig;
 
 /// AdamW for a whole module: decoupled weight decay on the weights of linear layers, none on norms, biases,
@@ -23,6 +25,14 @@ pub fn adamw<M: Module>(config: &TrainingConfig, module: &M) -> ModuleOptimizer 
             .with_epsilon(config.epsilon as f32)
             .with_weight_decay(weight_decay as f32)
             .build(),
+        step: AdamWStep {
+            learning_rate: 0.0,
+            beta_1: config.beta_1,
+            beta_2: config.beta_2,
+            epsilon: config.epsilon,
+            weight_decay,
+            time: 0,
+        },
     };
     let mut decayed = DecayedPaths::default();
     module.visit(&mut decayed);
@@ -70,6 +80,8 @@ impl ModuleVisitor for DecayedPaths {
 #[derive(Clone)]
 struct ResumableAdamW {
     adamw: AdamW,
+    /// The same numbers; the learning rate and the time are those of each step.
+    step: AdamWStep,
 }
 
 #[derive(Clone)]
@@ -83,6 +95,32 @@ struct Moments {
     time: usize,
     moment_1: TensorData,
     moment_2: TensorData,
+}
+
+impl ResumableAdamW {
+    /// Burn's step as one operator, on the CPU backends.
+    fn fused_step<const D: usize>(
+        &self,
+        learning_rate: LearningRate,
+        tensor: Tensor<D>,
+        grad: Tensor<D>,
+        state: Option<AdamWState<D>>,
+    ) -> (Tensor<D>, AdamWState<D>) {
+        let (time, moments) = match state {
+            Some(AdamWState { momentum }) => {
+                (momentum.time, Some([momentum.moment_1, momentum.moment_2]))
+            }
+            None => (0, None),
+        };
+        let step = AdamWStep {
+            learning_rate,
+            time: time + 1,
+            ..self.step
+        };
+        let (tensor, [moment_1, moment_2]) = operators::adamw(&step, tensor, grad, moments);
+        let momentum = AdaptiveMomentumState::new(step.time, moment_1, moment_2);
+        (tensor, AdamWState::new(momentum))
+    }
 }
 
 impl Optimizer for ResumableAdamW {
@@ -109,11 +147,14 @@ impl Optimizer for ResumableAdamW {
                 ))
             }
         });
-        let (tensor, state) = self.adamw.step(lr, tensor, grad, state);
-        (
-            tensor,
-            state.map(|state| ResumableState::Live(Box::new(state))),
-        )
+        let (tensor, state) = match Implementation::of(&tensor.device()) {
+            Implementation::Native => self.fused_step(lr, tensor, grad, state),
+            _ => {
+                let (tensor, state) = self.adamw.step(lr, tensor, grad, state);
+                (tensor, state.expect("Burn's AdamW has a state"))
+            }
+        };
+        (tensor, Some(ResumableState::Live(Box::new(state))))
     }
 
     fn to_device<const D: usize>(state: Self::State<D>, device: &Device) -> Self::State<D> {

@@ -12,6 +12,7 @@
 //! | [`rotate`] | rotary positions |
 //! | [`embed`] | rows of a table, with positions |
 //! | [`cross_entropy`], [`projected_cross_entropy`] | the loss from scores, or from hidden states without holding the scores |
+//! | [`adamw`], [`sum_of_squares`] | the optimizer's step, and what clipping needs |
 //! | [`add_dropped`] | dropout and the addition of a residual |
 
 #![allow(
@@ -20,6 +21,7 @@
 )]
 
 mod activation;
+mod adamw;
 mod cross_entropy;
 mod dropout;
 mod embedding;
@@ -31,6 +33,7 @@ use burn::tensor::{Device, Tensor};
 use emberlm_kernels::{Real, is_host, kernel, rows, vectors};
 
 pub use activation::{activate, activate_by, gate, gate_by};
+pub use adamw::{AdamWStep, adamw, adamw_by, sum_of_squares, sum_of_squares_by};
 pub use cross_entropy::{
     Projection, cross_entropy, cross_entropy_by, projected_cross_entropy,
     projected_cross_entropy_by,

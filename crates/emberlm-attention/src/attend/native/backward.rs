@@ -12,8 +12,9 @@
 
 use emberlm_core::{Layout, Part};
 use emberlm_kernels::{
-    Real, Shared, Stored, View, lanes,
+    Buffer, Real, Shared, Stored, View, kernel, lanes,
     tile::{self, Left, Rows},
+    vectors,
 };
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
@@ -54,21 +55,20 @@ pub(super) fn backward<E: Stored>(
     with_bias: bool,
 ) -> Gradients<E> {
     let sizes = problem.sizes();
-    let zeros = |n| vec![E::from_real(E::Real::default()); n];
     let n_queries = sizes.batch_size * sizes.query_length * sizes.n_heads;
     let n_keys = sizes.batch_size * sizes.key_length * sizes.n_kv_heads;
-    let mut query = zeros(n_queries * sizes.d_head);
-    let mut key = zeros(n_keys * sizes.d_head);
-    let mut value = zeros(n_keys * sizes.d_value);
+    let mut query = Buffer::new(n_queries * sizes.d_head);
+    let mut key = Buffer::new(n_keys * sizes.d_head);
+    let mut value = Buffer::new(n_keys * sizes.d_value);
     let bias_dims = problem.bias.map(|bias| bias.dims()).filter(|_| with_bias);
     let mut bias = vec![E::Real::default(); bias_dims.map_or(0, |dims| dims.iter().product())];
     let n_heads = sizes.batch_size * sizes.n_heads;
     let mut sinks_by_head = vec![E::Real::default(); n_heads];
 
     let shared = Outputs {
-        query: Shared::new(&mut query),
-        key: Shared::new(&mut key),
-        value: Shared::new(&mut value),
+        query: query.shared(),
+        key: key.shared(),
+        value: value.shared(),
         bias: Shared::new(&mut bias),
         with_bias,
         sinks: Shared::new(&mut sinks_by_head),
@@ -99,6 +99,8 @@ pub(super) fn backward<E: Stored>(
             })
             .collect(),
     };
+    // Safety: each head of the query, and each key/value head, is in one task, which writes all its rows.
+    let (query, key, value) = unsafe { (query.finish(), key.finish(), value.finish()) };
     Gradients {
         query,
         key,
@@ -164,25 +166,28 @@ fn run_heads<E: Stored>(
 ) {
     let sizes = problem.sizes();
     let (d_head, d_value) = (padded(sizes.d_head), padded(sizes.d_value));
-    let zeros = |n| vec![E::Real::default(); n];
     let mut sums = HeadSums {
-        query: zeros(sizes.query_length * d_head),
-        key: zeros(sizes.key_length * d_head),
-        value: zeros(sizes.key_length * d_value),
+        query: Vec::new(),
+        key: Vec::new(),
+        value: Vec::new(),
+    };
+    let set_to_zeros = |sums: &mut Vec<E::Real>, n| {
+        sums.clear();
+        sums.resize(n, E::Real::default());
     };
     let group = sizes.n_heads / sizes.n_kv_heads;
     let mut packed = Vec::new();
     for (i, head_row) in heads.iter().copied().enumerate() {
         let (batch, head) = (head_row / sizes.n_heads, head_row % sizes.n_heads);
-        sums.query.fill(E::Real::default());
+        set_to_zeros(&mut sums.query, sizes.query_length * d_head);
         if i % group == 0 {
             let at = [batch, sizes.kv_head(head)];
             packed = parts
                 .iter()
                 .map(|parts| PackedKeys::new(problem, parts.part, at))
                 .collect();
-            sums.key.fill(E::Real::default());
-            sums.value.fill(E::Real::default());
+            set_to_zeros(&mut sums.key, sizes.key_length * d_head);
+            set_to_zeros(&mut sums.value, sizes.key_length * d_value);
         }
         let rows = QueryRows::new(problem, saved, batch, head);
         for (part, packed) in parts.iter().zip(&packed) {
@@ -218,18 +223,32 @@ fn run_heads<E: Stored>(
 /// Nobody else has the rows of this head.
 unsafe fn write<E: Stored>(
     to: &Shared<'_, E>,
-    [batch, head, n_heads]: [usize; 3],
+    at: [usize; 3],
     rows: &[E::Real],
     width: usize,
     scale: E::Real,
 ) {
-    let length = rows.len() / padded(width);
-    for (i, row) in rows.chunks_exact(padded(width)).enumerate() {
-        let at = (batch * length + i) * n_heads + head;
-        // Safety: the caller's.
-        let to = unsafe { to.part(at * width, width) };
-        for (to, x) in to.iter_mut().zip(row) {
-            *to = E::from_real(*x * scale);
+    write_rows(to, at, rows, width, scale);
+}
+
+kernel! {
+    fn write_rows<'a, E: Stored>(
+        _simd: S,
+        to: &'a Shared<'a, E>,
+        at: [usize; 3],
+        rows: &'a [E::Real],
+        width: usize,
+        scale: E::Real,
+    ) -> () {
+        let [batch, head, n_heads] = at;
+        let length = rows.len() / padded(width);
+        for (i, row) in rows.chunks_exact(padded(width)).enumerate() {
+            let at = (batch * length + i) * n_heads + head;
+            // Safety: that of `write`, which is the only caller.
+            let to = unsafe { to.part(at * width, width) };
+            for (to, x) in to.iter_mut().zip(row) {
+                *to = E::from_real(*x * scale);
+            }
         }
     }
 }
@@ -261,34 +280,22 @@ impl<R: Real> QueryRows<R> {
                 }
             })
             .collect();
-        let saved_output = saved.output.first_columns(sizes.d_value);
-        let saved_d_output = saved.d_output.first_columns(sizes.d_value);
-        let mut output = vec![R::default(); sizes.d_value];
-        let mut d_output = output.clone();
-        let one = R::from_f64(1.0);
-        let delta = (0..sizes.query_length)
-            .map(|query| {
+        let mut delta = vec![R::default(); sizes.query_length];
+        dots(
+            saved.output.first_columns(sizes.d_value),
+            saved.d_output.first_columns(sizes.d_value),
+            [batch, head],
+            &mut delta,
+        );
+        for (query, delta) in delta.iter_mut().enumerate() {
+            if saved.log_sum_exp[first + query] == R::NEG_INFINITY {
                 // A query without keys has no gradient, whatever comes from behind.
-                if saved.log_sum_exp[first + query] == R::NEG_INFINITY {
-                    return R::default();
-                }
-                let at = [batch, head, query];
-                saved_output.copy_row(at, one, &mut output);
-                saved_d_output.copy_row(at, one, &mut d_output);
-                let mut sum = R::default();
-                for (o, d) in output.iter().zip(&d_output) {
-                    sum += *o * *d;
-                }
-                if problem.with_log_sum_exp {
-                    sum = sum
-                        - saved
-                            .d_output
-                            .at([batch, head, query, sizes.d_value])
-                            .to_real();
-                }
-                sum
-            })
-            .collect();
+                *delta = R::default();
+            } else if problem.with_log_sum_exp {
+                let at = [batch, head, query, sizes.d_value];
+                *delta = *delta - saved.d_output.at(at).to_real();
+            }
+        }
         Self { log_sum_exp, delta }
     }
 
@@ -409,7 +416,38 @@ impl<E: Stored> Pass<'_, '_, E> {
     }
 }
 
+kernel! {
+    /// The products of the rows of one head.
+    fn dots<'a, E: Stored>(
+        simd: S,
+        a: View<'a, E>,
+        b: View<'a, E>,
+        at: [usize; 2],
+        to: &'a mut [E::Real],
+    ) -> () {
+        let [.., width] = a.dims();
+        let one = E::Real::from_f64(1.0);
+        let mut row_a = vec![E::Real::default(); width];
+        let mut row_b = row_a.clone();
+        for (i, to) in to.iter_mut().enumerate() {
+            a.copy_row([at[0], at[1], i], one, &mut row_a);
+            b.copy_row([at[0], at[1], i], one, &mut row_b);
+            let mut sum = E::Real::splat(simd, E::Real::default());
+            for (j, n) in vectors::<E::Real, S>(width) {
+                // Safety: both rows have `n` elements from `j` on.
+                unsafe {
+                    let a = E::Real::load_some(simd, row_a.as_ptr().add(j), n);
+                    let b = E::Real::load_some(simd, row_b.as_ptr().add(j), n);
+                    sum = E::Real::vmul_add(simd, a, b, sum);
+                }
+            }
+            *to = E::Real::reduce_sum(simd, sum);
+        }
+    }
+}
+
 /// Adds rows to those from `first` on, in the order of a part, of a whole sequence.
+#[inline(always)]
 fn add_rows<R: Real>(to: &mut [R], rows: &[R], width: usize, first: usize, order: Option<&[u32]>) {
     for (i, row) in rows.chunks_exact(width).enumerate() {
         let at = order.map_or(first + i, |order| order[first + i] as usize);

@@ -7,7 +7,7 @@
 
 use emberlm_core::{Layout, Part};
 use emberlm_kernels::{
-    Real, Shared, Stored,
+    Buffer, Real, Stored,
     tile::{self, Left, Rows},
 };
 use pulp::{Arch, Simd, WithSimd};
@@ -37,12 +37,12 @@ pub(super) struct Forward<E: Stored> {
 pub(super) fn forward<E: Stored>(problem: &Problem<'_, E>) -> Forward<E> {
     let sizes = problem.sizes();
     let n_rows = sizes.batch_size * sizes.n_heads * sizes.query_length;
-    let mut output = vec![E::from_real(E::Real::default()); n_rows * problem.d_output()];
-    let mut log_sum_exp = vec![E::Real::NEG_INFINITY; n_rows];
+    let mut output = Buffer::new(n_rows * problem.d_output());
+    let mut log_sum_exp = Buffer::new(n_rows);
     let results = Results {
         d_output: problem.d_output(),
-        output: Shared::new(&mut output),
-        log_sum_exp: Shared::new(&mut log_sum_exp),
+        output: output.shared(),
+        log_sum_exp: log_sum_exp.shared(),
     };
     let parts = problem.schedule.parts();
     if few::takes(problem) {
@@ -76,9 +76,12 @@ pub(super) fn forward<E: Stored>(problem: &Problem<'_, E>) -> Forward<E> {
         }
         (0..n_rows).for_each(|row| results.finish(&sizes, row, state.row(row)));
     }
-    Forward {
-        output,
-        log_sum_exp,
+    // Safety: every query is in one tile of the one part, or finished after the last part.
+    unsafe {
+        Forward {
+            output: output.finish(),
+            log_sum_exp: log_sum_exp.finish(),
+        }
     }
 }
 

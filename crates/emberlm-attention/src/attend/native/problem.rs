@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use emberlm_core::{RandomKey, Schedule};
-use emberlm_kernels::{Real, Stored, View};
+use emberlm_kernels::{Real, Stored, View, kernel};
 
 use super::BLOCK;
 
@@ -118,11 +118,26 @@ pub(super) fn pack_rows<E: Stored>(
     let n_rows = order.map_or(length, <[u32]>::len);
     let width = padded(width);
     let mut rows = vec![E::Real::default(); n_rows.next_multiple_of(BLOCK) * width];
-    for (i, row) in rows.chunks_exact_mut(width).take(n_rows).enumerate() {
-        let position = order.map_or(i, |order| order[i] as usize);
-        view.copy_row([batch, head, position], scale, row);
-    }
+    copy_rows(view, [batch, head], order, scale, width, n_rows, &mut rows);
     rows
+}
+
+kernel! {
+    fn copy_rows<'a, E: Stored>(
+        _simd: S,
+        view: View<'a, E>,
+        at: [usize; 2],
+        order: Option<&'a [u32]>,
+        scale: E::Real,
+        width: usize,
+        n_rows: usize,
+        rows: &'a mut [E::Real],
+    ) -> () {
+        for (i, row) in rows.chunks_exact_mut(width).take(n_rows).enumerate() {
+            let position = order.map_or(i, |order| order[i] as usize);
+            view.copy_row([at[0], at[1], position], scale, row);
+        }
+    }
 }
 
 /// The rows of one head in the order of a part, block by block transposed: `[n blocks][width][BLOCK]`.
@@ -134,18 +149,41 @@ pub(super) fn pack_columns<E: Stored>(
     let [_, _, length, width] = view.dims();
     let n_rows = order.map_or(length, <[u32]>::len);
     let mut columns = vec![E::Real::default(); n_rows.div_ceil(BLOCK) * width * BLOCK];
-    let mut row = vec![E::Real::default(); width];
-    for (block, panel) in columns.chunks_exact_mut(width * BLOCK).enumerate() {
-        for j in 0..BLOCK.min(n_rows - block * BLOCK) {
-            let i = block * BLOCK + j;
-            let position = order.map_or(i, |order| order[i] as usize);
-            view.copy_row([batch, head, position], E::Real::from_f64(1.0), &mut row);
-            for (c, element) in row.iter().enumerate() {
-                panel[c * BLOCK + j] = *element;
+    copy_columns(view, [batch, head], order, width, n_rows, &mut columns);
+    columns
+}
+
+/// Rows that are exchanged with columns at once: their elements stay in the first cache.
+const STRIP: usize = 16;
+
+kernel! {
+    fn copy_columns<'a, E: Stored>(
+        _simd: S,
+        view: View<'a, E>,
+        at: [usize; 2],
+        order: Option<&'a [u32]>,
+        width: usize,
+        n_rows: usize,
+        columns: &'a mut [E::Real],
+    ) -> () {
+        let mut strip = vec![E::Real::default(); STRIP * width];
+        for (block, panel) in columns.chunks_exact_mut(width * BLOCK).enumerate() {
+            let n = BLOCK.min(n_rows - block * BLOCK);
+            for first in (0..n).step_by(STRIP) {
+                let n = STRIP.min(n - first);
+                for (j, row) in strip.chunks_exact_mut(width).take(n).enumerate() {
+                    let i = block * BLOCK + first + j;
+                    let position = order.map_or(i, |order| order[i] as usize);
+                    view.copy_row([at[0], at[1], position], E::Real::from_f64(1.0), row);
+                }
+                for (c, column) in panel.chunks_exact_mut(BLOCK).enumerate() {
+                    for (j, element) in column[first..first + n].iter_mut().enumerate() {
+                        *element = strip[j * width + c];
+                    }
+                }
             }
         }
     }
-    columns
 }
 
 /// Where the rows of a part stand in the sequence.

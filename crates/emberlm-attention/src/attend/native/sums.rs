@@ -1,6 +1,6 @@
 //! What is known of a query after some of its keys, and what becomes of it.
 
-use emberlm_kernels::{Real, Shared, Stored, lanes};
+use emberlm_kernels::{Real, Shared, Stored, kernel, lanes};
 use pulp::Simd;
 
 use super::problem::Sizes;
@@ -160,6 +160,19 @@ impl<R: Real> RowSumsMut<'_, R> {
     }
 }
 
+kernel! {
+    fn divide<'a, E: Stored>(
+        _simd: S,
+        values: &'a [E::Real],
+        by: E::Real,
+        to: &'a mut [E],
+    ) -> () {
+        for (to, value) in to.iter_mut().zip(values) {
+            *to = E::from_real(*value / by);
+        }
+    }
+}
+
 /// Where the results go.
 pub(super) struct Results<'a, E: Stored> {
     pub(super) d_output: usize,
@@ -183,10 +196,10 @@ impl<E: Stored> Results<'_, E> {
         unsafe {
             let output = self.output.part(at * self.d_output, self.d_output);
             let (output, more) = output.split_at_mut(sizes.d_value);
-            if !empty {
-                for (output, value) in output.iter_mut().zip(sums.values) {
-                    *output = E::from_real(*value / sums.total);
-                }
+            if empty {
+                output.fill(E::from_real(E::Real::default()));
+            } else {
+                divide(sums.values, sums.total, output);
             }
             if let [column] = more {
                 *column = E::from_real(log_sum_exp);
