@@ -1,8 +1,10 @@
-//! Products of whole matrices, by the `gemm` crate.
+//! Products of whole matrices: by the `gemm` crate, and of a few rows by kernels of our own.
 
 use std::marker::PhantomData;
 
 use crate::{Real, Stored, View};
+
+mod few;
 
 /// A matrix anywhere in memory: element `(i, j)` is at `i row_stride + j column_stride` from the first.
 #[derive(Debug)]
@@ -16,6 +18,11 @@ pub struct Matrix<'a, R> {
     _copy: Option<Vec<R>>,
     memory: PhantomData<&'a [R]>,
 }
+
+// Safety: a matrix only reads, as a shared slice does.
+unsafe impl<R: Sync> Send for Matrix<'_, R> {}
+// Safety: as above.
+unsafe impl<R: Sync> Sync for Matrix<'_, R> {}
 
 impl<'a, R: Real> Matrix<'a, R> {
     /// A matrix of elements in order.
@@ -129,6 +136,9 @@ pub fn product<R: Real>(a: &Matrix<'_, R>, b: &Matrix<'_, R>, c: &mut [R], store
     if m == 0 || n == 0 {
         return;
     }
+    if m <= FEW_ROWS && few::takes(b) {
+        return few::product(a, b, c, store);
+    }
     let parallelism = match m * n * k < SERIAL {
         true => gemm::Parallelism::None,
         false => gemm::Parallelism::Rayon(0),
@@ -161,6 +171,8 @@ pub fn product<R: Real>(a: &Matrix<'_, R>, b: &Matrix<'_, R>, c: &mut [R], store
     }
 }
 
+/// Rows up to which a product waits for the right matrix to be read, and for nothing else.
+const FEW_ROWS: usize = 4;
 /// Multiplications below which one thread is faster.
 const SERIAL: usize = 1 << 18;
 
@@ -215,6 +227,8 @@ mod tests {
             [3, 17, 5],
             [70, 65, 130],
             [1, 300, 200],
+            [4, 700, 201],
+            [2, 3, 1030],
             [4, 3, 0],
         ] {
             for transposed in [false, true] {
