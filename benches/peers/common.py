@@ -48,6 +48,16 @@ def timed(call, repeats):
     return times[2:]
 
 
+def keep_freed_memory():
+    """Makes the C library keep freed memory for the next allocations, as our programs do; glibc only."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        sys.exit("--keep-freed-memory: this C library has no mallopt")
+    mallopt(-4, 0)  # M_MMAP_MAX
+    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
 def median_of(rounds, key):
     """The median of a figure over rounds; None where one of them lacks it."""
     values = [figures[key] for figures in rounds]

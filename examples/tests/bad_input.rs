@@ -460,6 +460,11 @@ fn a_plot_that_cannot_be_drawn() {
 }
 
 #[test]
+fn no_steps() {
+    Place::new().refuses("burn_nn", &["--steps", "0"], &["--steps"]);
+}
+
+#[test]
 fn patterns_that_are_none() {
     let place = Place::new();
     for (args, mentions) in [

@@ -338,6 +338,29 @@ fn runs_are_compared() {
 }
 
 #[test]
+fn a_foreign_model_runs_on_the_operators() {
+    let ended = Place::new().succeeds("burn_nn", &["--steps", "3"]);
+    let lines: Vec<&str> = ended.stdout.lines().collect();
+    for what in ["scores", "gradients"] {
+        let beginning = format!("largest difference of the {what}: ");
+        let found = lines.iter().find_map(|line| line.strip_prefix(&beginning));
+        let difference: f64 = found.expect("a line").parse().expect("a number");
+        assert!(difference < 1e-5, "{what}: {ended:?}");
+    }
+    let after = |line: &str, words: &str| -> f64 {
+        let rest = line.split_once(words).expect("they are there").1;
+        let number = rest.split([',', ' ']).next().expect("a number");
+        number.parse().expect("a number")
+    };
+    let last = lines.iter().find(|line| line.starts_with("step   3  loss"));
+    let last = last.expect("a line");
+    let [theirs, ours] = ["burn-nn ", "operators "].map(|words| after(last, words));
+    assert!((theirs - ours).abs() < 1e-3, "{ended:?}");
+    let end = lines.last().expect("a line");
+    assert!(end.starts_with("a training step: burn-nn "), "{ended:?}");
+}
+
+#[test]
 fn a_pattern_is_shown() {
     let place = Place::new();
     let shown = place.succeeds("pattern", &["causal & (window:1 | sinks:1)", "--seq", "4"]);
