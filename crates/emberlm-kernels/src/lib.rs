@@ -11,7 +11,7 @@
 //! | [`Real`] | what `f32` and `f64` offer as vectors of any width, with [`Real::vexp`] |
 //! | [`math`] | activations of vectors with their derivatives |
 //! | [`Stored`] | the element types of tensors, and the `Real` that each is computed in |
-//! | [`kernel!`] | defines a function that runs on vectors |
+//! | [`kernel!`], [`each_vector!`] | a function that runs on vectors, and a loop over them |
 //! | [`rows`] | rows shared among threads, with sums that do not depend on their number |
 //! | [`matrix`] | products of whole matrices |
 //! | [`tile`] | the product of two small matrices in private memory |
@@ -44,6 +44,6 @@ pub use memory::keep_freed_memory;
 pub use operator::{Array, Gradient, Operator, Pass, run, run_one};
 #[doc(hidden)]
 pub use pulp;
-pub use real::{Real, lanes, vectors};
+pub use real::{Real, lanes};
 pub use shared::Shared;
 pub use stored::Stored;

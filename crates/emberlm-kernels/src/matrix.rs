@@ -1,10 +1,8 @@
-//! Products of whole matrices: by the `gemm` crate, and of a few rows by kernels of our own.
+//! Products of whole matrices, by the `gemm` crate.
 
 use std::marker::PhantomData;
 
 use crate::{Real, Stored, View};
-
-mod few;
 
 /// A matrix anywhere in memory: element `(i, j)` is at `i row_stride + j column_stride` from the first.
 #[derive(Debug)]
@@ -136,10 +134,7 @@ pub fn product<R: Real>(a: &Matrix<'_, R>, b: &Matrix<'_, R>, c: &mut [R], store
     if m == 0 || n == 0 {
         return;
     }
-    if m <= FEW_ROWS && few::takes(b) {
-        return few::product(a, b, c, store);
-    }
-    let parallelism = match m * n * k < SERIAL {
+    let parallelism = match m <= FEW_ROWS || m * n * k < SERIAL {
         true => gemm::Parallelism::None,
         false => gemm::Parallelism::Rayon(0),
     };
@@ -171,7 +166,7 @@ pub fn product<R: Real>(a: &Matrix<'_, R>, b: &Matrix<'_, R>, c: &mut [R], store
     }
 }
 
-/// Rows up to which a product waits for the right matrix to be read, and for nothing else.
+/// Rows up to which a product waits for the right matrix to be read, which one thread does as fast as several.
 const FEW_ROWS: usize = 4;
 /// Multiplications below which one thread is faster.
 const SERIAL: usize = 1 << 18;

@@ -178,13 +178,44 @@ pub trait Real:
 /// Elements of the longest vector: 64 bytes of `f32`.
 const MAX_LANES: usize = 16;
 
-/// The begin and the number of elements of each vector of `n` elements; the last may be shorter.
-#[inline(always)]
-pub fn vectors<T: Real, S: Simd>(n: usize) -> impl Iterator<Item = (usize, usize)> {
-    let lanes = lanes::<T, S>();
-    (0..n)
-        .step_by(lanes)
-        .map(move |first| (first, lanes.min(n - first)))
+/// Runs a block for each vector of some elements of type `R`, with the begin and the number of elements of the vector;
+/// the last may be shorter. The number of the others is a constant, so that [`Real::load_some`] becomes a plain load.
+///
+/// ```
+/// use emberlm_kernels::{Real, each_vector, kernel};
+///
+/// kernel! {
+///     /// Doubles every element.
+///     fn double<'a, R: Real>(simd: S, x: &'a mut [R]) -> () {
+///         let x_at = x.as_mut_ptr();
+///         // Safety: `n` elements from `j` on are in the slice.
+///         each_vector!(R, S, x.len(), |j, n| unsafe {
+///             let vector = R::load_some(simd, x_at.add(j), n);
+///             R::store_some(simd, x_at.add(j), R::vadd(simd, vector, vector), n);
+///         });
+///     }
+/// }
+///
+/// let mut x = [1.0_f32; 37];
+/// double(&mut x);
+/// assert_eq!(x, [2.0; 37]);
+/// ```
+#[macro_export]
+macro_rules! each_vector {
+    ($real:ty, $simd:ty, $len:expr, |$first:ident, $n:pat_param| $body:expr) => {{
+        let len: usize = $len;
+        let lanes = $crate::lanes::<$real, $simd>();
+        let mut next = 0;
+        while next + lanes <= len {
+            let ($first, $n) = (next, lanes);
+            $body;
+            next += lanes;
+        }
+        if next < len {
+            let ($first, $n) = (next, len - next);
+            $body;
+        }
+    }};
 }
 
 /// Number of elements in a vector of `T`.

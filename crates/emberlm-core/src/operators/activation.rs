@@ -4,9 +4,9 @@ use std::ops::Range;
 
 use burn::tensor::Tensor;
 use emberlm_kernels::{
-    Array, Buffer, Gradient, Operator, Pass, Real, Shared, Stored, View, kernel,
+    Array, Buffer, Gradient, Operator, Pass, Real, Shared, Stored, View, each_vector, kernel,
     math::{Function, Gelu, GeluTanh, Relu, Silu, SquaredRelu},
-    rows, run_one, vectors,
+    rows, run_one,
 };
 
 use super::{Implementation, add};
@@ -326,14 +326,14 @@ kernel! {
             // Safety: each row belongs to one range; all rows have `width` elements.
             unsafe {
                 let to = to.part(at, from.width).as_mut_ptr();
-                for (j, n) in vectors::<R, S>(from.width) {
+                each_vector!(R, S, from.width, |j, n| {
                     let x = biased(simd, from.x, at, from.bias, j, n);
                     let mut y = F::value::<R, S>(simd, x);
                     if !from.up.is_empty() {
                         y = R::vmul(simd, y, biased(simd, from.up, at, from.up_bias, j, n));
                     }
                     R::store_some(simd, to.add(j), y, n);
-                }
+                });
             }
         }
     }
@@ -375,7 +375,7 @@ kernel! {
             // Safety: as in the forward pass.
             unsafe {
                 let d_x = to[0].part(at, from.width).as_mut_ptr();
-                for (j, n) in vectors::<R, S>(from.width) {
+                each_vector!(R, S, from.width, |j, n| {
                     let x = biased(simd, from.x, at, from.bias, j, n);
                     let mut d = R::load_some(simd, d_output.add(j), n);
                     let (value, derivative) = F::with_derivative::<R, S>(simd, x);
@@ -389,7 +389,7 @@ kernel! {
                     let d = R::vmul(simd, d, derivative);
                     R::store_some(simd, d_x.add(j), d, n);
                     accumulate(simd, sum, j, d, n);
-                }
+                });
             }
         }
     }

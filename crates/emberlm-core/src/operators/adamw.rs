@@ -2,7 +2,7 @@
 
 use burn::tensor::Tensor;
 use emberlm_kernels::{
-    Array, Buffer, Operator, Real, Shared, Stored, View, kernel, rows, run, run_one, vectors,
+    Array, Buffer, Operator, Real, Shared, Stored, View, each_vector, kernel, rows, run, run_one,
 };
 
 use super::Implementation;
@@ -157,7 +157,7 @@ kernel! {
         let (epsilon, kept) = (constant(step.epsilon), constant(step.kept()));
         let [parameter, gradient, moment_1, moment_2] = from;
         let [to_parameter, to_1, to_2] = to;
-        for (j, n) in vectors::<R, S>(gradient.len()) {
+        each_vector!(R, S, gradient.len(), |j, n| {
             // Safety: all slices have `n` elements from `j` on, but for moments that are empty.
             unsafe {
                 let g = R::load_some(simd, gradient.as_ptr().add(j), n);
@@ -177,7 +177,7 @@ kernel! {
                 R::store_some(simd, to_1.as_mut_ptr().add(j), m, n);
                 R::store_some(simd, to_2.as_mut_ptr().add(j), v, n);
             }
-        }
+        });
     }
 }
 
@@ -237,13 +237,13 @@ impl Operator for Squares {
 kernel! {
     fn squares<'a, R: Real>(simd: S, x: &'a [R],) -> R {
         let mut sum = R::splat(simd, R::default());
-        for (j, n) in vectors::<R, S>(x.len()) {
+        each_vector!(R, S, x.len(), |j, n| {
             // Safety: `n` elements from `j` on; zeros behind them add nothing.
             unsafe {
                 let x = R::load_some(simd, x.as_ptr().add(j), n);
                 sum = R::vmul_add(simd, x, x, sum);
             }
-        }
+        });
         R::reduce_sum(simd, sum)
     }
 }

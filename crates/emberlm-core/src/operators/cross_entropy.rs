@@ -4,9 +4,10 @@ use std::ops::Range;
 
 use burn::tensor::{DType, Int, Tensor, TensorData, activation::log_softmax};
 use emberlm_kernels::{
-    Array, Buffer, Gradient, Operator, Pass, Real, Shared, Stored, View, kernel, lanes,
+    Array, Buffer, Gradient, Operator, Pass, Real, Shared, Stored, View, each_vector, kernel,
+    lanes,
     matrix::{Matrix, Store, product},
-    rows, run, vectors,
+    rows, run,
 };
 
 use super::{Implementation, linear::multiply};
@@ -607,12 +608,12 @@ kernel! {
     /// `log sum exp` of a row.
     fn log_sum_exp<'a, R: Real>(simd: S, row: &'a [R],) -> R {
         let whole = row.len() / lanes::<R, S>() * lanes::<R, S>();
-        // Safety: vectors of the row alone.
+        // Safety: each_vector of the row alone.
         unsafe {
             let mut largest = R::splat(simd, R::NEG_INFINITY);
-            for (j, _) in vectors::<R, S>(whole) {
+            each_vector!(R, S, whole, |j, _| {
                 largest = R::vmax(simd, largest, R::load(simd, row.as_ptr().add(j)));
-            }
+            });
             let mut largest = R::reduce_max(simd, largest);
             for x in &row[whole..] {
                 if *x > largest {
@@ -621,10 +622,10 @@ kernel! {
             }
             let shift = R::splat(simd, largest);
             let mut sum = R::splat(simd, R::default());
-            for (j, _) in vectors::<R, S>(whole) {
+            each_vector!(R, S, whole, |j, _| {
                 let x = R::vsub(simd, R::load(simd, row.as_ptr().add(j)), shift);
                 sum = R::vadd(simd, sum, R::vexp(simd, x));
-            }
+            });
             let mut sum = R::reduce_sum(simd, sum);
             for x in &row[whole..] {
                 sum += (*x - largest).exp();
@@ -645,13 +646,13 @@ kernel! {
         to: &'a mut [R],
     ) -> () {
         let [shift, slope, each] = [log_partition, slope, each].map(|x| R::splat(simd, x));
-        for (j, n) in vectors::<R, S>(row.len()) {
+        each_vector!(R, S, row.len(), |j, n| {
             // Safety: both rows have `n` elements from `j` on.
             unsafe {
                 let x = R::vsub(simd, R::load_some(simd, row.as_ptr().add(j), n), shift);
                 let y = R::vsub(simd, R::vmul(simd, slope, R::vexp(simd, x)), each);
                 R::store_some(simd, to.as_mut_ptr().add(j), y, n);
             }
-        }
+        });
     }
 }

@@ -17,7 +17,7 @@
 
 #![allow(
     unsafe_code,
-    reason = "kernels read and write whole vectors by pointers, and threads write disjoint rows of one result"
+    reason = "kernels read and write whole each_vector by pointers, and threads write disjoint rows of one result"
 )]
 
 mod activation;
@@ -30,7 +30,7 @@ mod norm;
 mod rotary;
 
 use burn::tensor::{Device, Tensor};
-use emberlm_kernels::{Real, is_host, kernel, rows, vectors};
+use emberlm_kernels::{Real, each_vector, is_host, kernel, rows};
 
 pub use activation::{activate, activate_by, gate, gate_by};
 pub use adamw::{AdamWStep, adamw, adamw_by, sum_of_squares, sum_of_squares_by};
@@ -81,7 +81,7 @@ kernel! {
     /// Adds rows to one.
     fn add_rows_to<'a, R: Real>(simd: S, rows: &'a [R], sum: &'a mut [R]) -> () {
         for row in rows.chunks_exact(sum.len().max(1)) {
-            for (j, n) in vectors::<R, S>(sum.len()) {
+            each_vector!(R, S, sum.len(), |j, n| {
                 // Safety: both slices have `n` elements from `j` on.
                 unsafe {
                     let to = sum.as_mut_ptr().add(j);
@@ -92,7 +92,7 @@ kernel! {
                     );
                     R::store_some(simd, to, total, n);
                 }
-            }
+            });
         }
     }
 }

@@ -4,8 +4,8 @@ use std::ops::Range;
 
 use burn::tensor::Tensor;
 use emberlm_kernels::{
-    Array, Buffer, Gradient, Operator, Pass, Real, Shared, Stored, View, kernel, rows, run,
-    run_one, vectors,
+    Array, Buffer, Gradient, Operator, Pass, Real, Shared, Stored, View, each_vector, kernel, rows,
+    run, run_one,
 };
 
 use super::{Implementation, add};
@@ -386,37 +386,37 @@ kernel! {
                     Some(y) => {
                         let y = y[at..at + width].as_ptr();
                         let sum = to.sum.part(at, width).as_mut_ptr();
-                        for (j, n) in vectors::<R, S>(width) {
+                        each_vector!(R, S, width, |j, n| {
                             let a = R::load_some(simd, row.as_ptr().add(j), n);
                             let b = R::load_some(simd, y.add(j), n);
                             R::store_some(simd, sum.add(j), R::vadd(simd, a, b), n);
-                        }
+                        });
                         sum.cast_const()
                     }
                 };
                 let mut mean = R::default();
                 if parameters.centered {
                     let mut sum = R::splat(simd, R::default());
-                    for (j, n) in vectors::<R, S>(width) {
+                    each_vector!(R, S, width, |j, n| {
                         sum = R::vadd(simd, sum, R::load_some(simd, row.add(j), n));
-                    }
+                    });
                     mean = R::reduce_sum(simd, sum) / count;
                 }
                 let means = R::splat(simd, mean);
                 let mut squares = R::splat(simd, R::default());
-                for (j, n) in vectors::<R, S>(width) {
+                each_vector!(R, S, width, |j, n| {
                     // What is behind the row must not count.
                     let x = match n == emberlm_kernels::lanes::<R, S>() {
                         true => R::vsub(simd, R::load(simd, row.add(j)), means),
                         false => deviations(simd, row.add(j), mean, n),
                     };
                     squares = R::vmul_add(simd, x, x, squares);
-                }
+                });
                 let square = R::reduce_sum(simd, squares) / count;
                 let factor = R::from_f64(1.0) / (square + epsilon).sqrt();
                 let factors = R::splat(simd, factor);
                 let normed = to.normed.part(at, width).as_mut_ptr();
-                for (j, n) in vectors::<R, S>(width) {
+                each_vector!(R, S, width, |j, n| {
                     let x = R::vsub(simd, R::load_some(simd, row.add(j), n), means);
                     let x = R::vmul(simd, x, factors);
                     let scale = R::load_some(simd, scale.add(j), n);
@@ -428,7 +428,7 @@ kernel! {
                         }
                     };
                     R::store_some(simd, normed.add(j), y, n);
-                }
+                });
                 to.means.part(i, 1)[0] = mean;
                 to.factors.part(i, 1)[0] = factor;
             }
@@ -485,7 +485,7 @@ kernel! {
             unsafe {
                 let mut sum = R::splat(simd, R::default());
                 let mut dot = sum;
-                for (j, n) in vectors::<R, S>(width) {
+                each_vector!(R, S, width, |j, n| {
                     let z = R::vsub(simd, R::load_some(simd, x.add(j), n), means);
                     let z = R::vmul(simd, z, factors);
                     let d = R::load_some(simd, d_normed.add(j), n);
@@ -496,7 +496,7 @@ kernel! {
                     R::store_some(simd, d_scale.add(j), R::vmul_add(simd, d, z, total), n);
                     let total = R::load_some(simd, d_shift.add(j), n);
                     R::store_some(simd, d_shift.add(j), R::vadd(simd, d, total), n);
-                }
+                });
                 let mean = match parameters.centered {
                     true => R::reduce_sum(simd, sum) / count,
                     false => R::default(),
@@ -504,7 +504,7 @@ kernel! {
                 let mean = R::splat(simd, mean);
                 let dot = R::splat(simd, R::reduce_sum(simd, dot) / count);
                 let d_x = to.part(at, width).as_mut_ptr();
-                for (j, n) in vectors::<R, S>(width) {
+                each_vector!(R, S, width, |j, n| {
                     let z = R::vsub(simd, R::load_some(simd, x.add(j), n), means);
                     let z = R::vmul(simd, z, factors);
                     let d = R::load_some(simd, d_normed.add(j), n);
@@ -518,7 +518,7 @@ kernel! {
                         }
                     };
                     R::store_some(simd, d_x.add(j), d, n);
-                }
+                });
             }
         }
     }

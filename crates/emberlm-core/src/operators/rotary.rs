@@ -2,7 +2,7 @@
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use emberlm_kernels::{
-    Array, Buffer, Gradient, Operator, Pass, Real, Stored, View, kernel, rows, run, vectors,
+    Array, Buffer, Gradient, Operator, Pass, Real, Stored, View, each_vector, kernel, rows, run,
 };
 
 use super::Implementation;
@@ -192,7 +192,7 @@ kernel! {
         to: &'a mut [R],
     ) -> () {
         let half = cos.len();
-        for (j, n) in vectors::<R, S>(half) {
+        each_vector!(R, S, half, |j, n| {
             // Safety: both halves have `n` elements from `j` on.
             unsafe {
                 let a = R::load_some(simd, from.as_ptr().add(j), n);
@@ -204,7 +204,7 @@ kernel! {
                 R::store_some(simd, to.as_mut_ptr().add(j), turned_a, n);
                 R::store_some(simd, to.as_mut_ptr().add(half + j), turned_b, n);
             }
-        }
+        });
     }
 }
 

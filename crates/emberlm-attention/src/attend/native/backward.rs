@@ -12,9 +12,8 @@
 
 use emberlm_core::{Layout, Part};
 use emberlm_kernels::{
-    Buffer, Real, Shared, Stored, View, kernel, lanes,
+    Buffer, Real, Shared, Stored, View, each_vector, kernel, lanes,
     tile::{self, Left, Rows},
-    vectors,
 };
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
@@ -433,14 +432,14 @@ kernel! {
             a.copy_row([at[0], at[1], i], one, &mut row_a);
             b.copy_row([at[0], at[1], i], one, &mut row_b);
             let mut sum = E::Real::splat(simd, E::Real::default());
-            for (j, n) in vectors::<E::Real, S>(width) {
+            each_vector!(E::Real, S, width, |j, n| {
                 // Safety: both rows have `n` elements from `j` on.
                 unsafe {
                     let a = E::Real::load_some(simd, row_a.as_ptr().add(j), n);
                     let b = E::Real::load_some(simd, row_b.as_ptr().add(j), n);
                     sum = E::Real::vmul_add(simd, a, b, sum);
                 }
-            }
+            });
             *to = E::Real::reduce_sum(simd, sum);
         }
     }
