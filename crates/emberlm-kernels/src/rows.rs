@@ -7,11 +7,13 @@ use rayon::prelude::*;
 /// Elements below which one thread is faster than two.
 const SERIAL: usize = 1 << 14;
 /// Into how many parts sums over rows are cut at most.
-const MAX_PARTS: usize = 16;
+const MAX_PARTS: usize = 32;
 
 /// Calls `work` with ranges that cover `n_rows` rows of `width` elements, on all threads of the pool.
 pub fn for_each_range(n_rows: usize, width: usize, work: impl Fn(Range<usize>) + Sync) {
-    sum_ranges(n_rows, width, work, |(), ()| ());
+    // Nothing depends on the ranges: two for each thread, so that one that is late is helped.
+    let most = 2 * rayon::current_num_threads();
+    ranges(n_rows, width, most, work);
 }
 
 /// Calls `work` as [`for_each_range`] does, and joins the results from the first to the last, so that a sum does not
@@ -22,19 +24,28 @@ pub fn sum_ranges<T: Send>(
     work: impl Fn(Range<usize>) -> T + Sync,
     join: impl Fn(T, T) -> T,
 ) -> Option<T> {
-    let rows_a_part = n_rows
-        .div_ceil(MAX_PARTS)
-        .max(SERIAL.div_ceil(2 * width.max(1)));
-    let range = |part: usize| part * rows_a_part..n_rows.min((part + 1) * rows_a_part);
+    ranges(n_rows, width, MAX_PARTS, work)
+        .into_iter()
+        .reduce(join)
+}
+
+/// The results of `most` ranges, or of fewer that are worth a thread.
+fn ranges<T: Send>(
+    n_rows: usize,
+    width: usize,
+    most: usize,
+    work: impl Fn(Range<usize>) -> T + Sync,
+) -> Vec<T> {
+    let rows_a_part = n_rows.div_ceil(most).max(SERIAL.div_ceil(2 * width.max(1)));
     let n_parts = n_rows.div_ceil(rows_a_part);
-    let results: Vec<T> = match n_rows * width <= SERIAL {
-        true => (0..n_parts).map(|part| work(range(part))).collect(),
+    let of_part = |part: usize| work(part * rows_a_part..n_rows.min((part + 1) * rows_a_part));
+    match n_rows * width <= SERIAL {
+        true => (0..n_parts).map(of_part).collect(),
         false => {
             let parts = (0..n_parts).into_par_iter().with_max_len(1);
-            parts.map(|part| work(range(part))).collect()
+            parts.map(of_part).collect()
         }
-    };
-    results.into_iter().reduce(join)
+    }
 }
 
 #[cfg(test)]

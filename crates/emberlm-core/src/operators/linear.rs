@@ -2,9 +2,9 @@
 
 use burn::{module::Param, nn::Linear, tensor::Tensor};
 use emberlm_kernels::{
-    Array, Buffer, Gradient, Operator, Pass, Real, Stored, View,
+    Array, Buffer, Gradient, Operator, Pass, Real, Shared, Stored, View,
     matrix::{Matrix, Store, product},
-    run,
+    rows, run,
 };
 
 use super::{Implementation, on_rows, sum_of_rows};
@@ -247,8 +247,11 @@ fn multiply_from<R: Real>(a: &Matrix<'_, R>, b: &Matrix<'_, R>, bias: Option<&[R
         let to = output.shared().part(0, n_rows * width);
         match bias {
             Some(bias) if width > 0 => {
-                to.chunks_exact_mut(width)
-                    .for_each(|row| row.copy_from_slice(bias));
+                let rows = Shared::new(to);
+                rows::for_each_range(n_rows, width, |range| {
+                    // Safety: each row belongs to one range.
+                    range.for_each(|i| rows.part(i * width, width).copy_from_slice(bias));
+                });
                 product(a, b, to, Store::Add);
             }
             _ if inner == 0 => to.fill(R::default()),

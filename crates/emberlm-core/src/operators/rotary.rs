@@ -58,25 +58,37 @@ pub fn rotate_by<const N: usize>(
     }
     // Rows of a position lie together.
     let by_position = xs.map(|x| x.swap_dims(1, 2).into_dispatch());
-    run::<_, N>(rotation.clone(), by_position)
+    run::<_, N>(Turn(rotation.clone()), by_position)
         .map(|x| Tensor::<4>::from_dispatch(x).swap_dims(1, 2))
 }
 
 impl Rotation {
-    /// Cosines and sines, each `[seq_length, n_pairs]`, computed in f64.
+    /// Cosines and sines, each `[seq_length, n_pairs]`, in f64. Those of position `64 a + b` are made of those of `64 a`
+    /// and of `b`.
     fn tables(&self, seq_length: usize) -> [Vec<f64>; 2] {
-        let angles = || {
-            (self.first_position..self.first_position + seq_length).flat_map(|position| {
-                let position = position as f64;
-                self.frequencies
-                    .iter()
-                    .map(move |frequency| position * frequency)
-            })
+        const STEP: usize = 64;
+        let of_positions = |positions: &mut dyn Iterator<Item = usize>| -> Vec<(f64, f64)> {
+            let angles = positions.flat_map(|position| {
+                let frequencies = self.frequencies.iter();
+                frequencies.map(move |frequency| (position as f64 * frequency).sin_cos())
+            });
+            angles.collect()
         };
-        [
-            angles().map(f64::cos).collect(),
-            angles().map(f64::sin).collect(),
-        ]
+        let (first, n_pairs) = (self.first_position, self.frequencies.len());
+        let coarse = of_positions(&mut (0..seq_length.div_ceil(STEP)).map(|a| first + STEP * a));
+        let fine = of_positions(&mut (0..STEP.min(seq_length)));
+        let n = seq_length * n_pairs;
+        let mut tables = [Vec::with_capacity(n), Vec::with_capacity(n)];
+        let [cos, sin] = &mut tables;
+        for position in 0..seq_length {
+            let coarse = &coarse[position / STEP * n_pairs..][..n_pairs];
+            let fine = &fine[position % STEP * n_pairs..][..n_pairs];
+            for ((sin_a, cos_a), (sin_b, cos_b)) in coarse.iter().zip(fine) {
+                cos.push(cos_a * cos_b - sin_a * sin_b);
+                sin.push(sin_a * cos_b + cos_a * sin_b);
+            }
+        }
+        tables
     }
 
     fn table_tensors(&self, seq_length: usize, dtype: DType, device: &Device) -> [Tensor<2>; 2] {
@@ -124,36 +136,30 @@ impl Rotation {
         }
     }
 
-    /// Turns `[batch_size, seq_length, n_heads, d_head]` by the angles, or back.
-    fn turn<E: Stored>(&self, x: &View<'_, E>, back: bool) -> Array<E> {
-        let [_, seq_length, n_heads, d_head] = x.dims();
+    /// Turns `[batch_size, seq_length, n_heads, d_head]` by the angles of the tables.
+    fn turn<E: Stored>(&self, x: &View<'_, E>, tables: &Tables<E::Real>) -> Array<E> {
+        let [batch_size, seq_length, n_heads, d_head] = x.dims();
         let half = self.frequencies.len();
-        let [cos, sin] = self.tables(seq_length);
-        let sign = if back { -1.0 } else { 1.0 };
-        let cos: Vec<E::Real> = cos.into_iter().map(E::Real::from_f64).collect();
-        let sin: Vec<E::Real> = sin
-            .into_iter()
-            .map(|x| E::Real::from_f64(sign * x))
-            .collect();
-        let elements = x.reals();
         let width = n_heads * d_head;
-        let mut output = Buffer::new(elements.len());
+        let n_positions = batch_size * seq_length;
+        let mut output = Buffer::new(n_positions * width);
         let to = output.shared();
-        let n_positions = elements.len().checked_div(width).unwrap_or(0);
         rows::for_each_range(n_positions, width, |range| {
+            let mut row = vec![E::Real::default(); d_head];
             for i in range {
-                let table = (i % seq_length) * half;
-                let (cos, sin) = (&cos[table..table + half], &sin[table..table + half]);
+                let (batch, position) = (i / seq_length, i % seq_length);
+                let table = position * half;
+                let cos = &tables.cos[table..table + half];
+                let sin = &tables.sin[table..table + half];
                 for head in 0..n_heads {
-                    let at = i * width + head * d_head;
-                    let from = &elements[at..at + d_head];
+                    x.copy_row([batch, position, head], E::Real::from_f64(1.0), &mut row);
                     // Safety: each position belongs to one range.
-                    let to = unsafe { to.part(at, d_head) };
+                    let to = unsafe { to.part(i * width + head * d_head, d_head) };
                     match self.layout {
-                        RotaryLayout::HalfSplit => turn_halves(from, cos, sin, to),
-                        RotaryLayout::Interleaved => turn_neighbours(from, cos, sin, to),
+                        RotaryLayout::HalfSplit => turn_halves(&row, cos, sin, to),
+                        RotaryLayout::Interleaved => turn_neighbours(&row, cos, sin, to),
                     }
-                    to[2 * half..].copy_from_slice(&from[2 * half..]);
+                    to[2 * half..].copy_from_slice(&row[2 * half..]);
                 }
             }
         });
@@ -162,24 +168,45 @@ impl Rotation {
     }
 }
 
-impl Operator for Rotation {
-    type Saved<E: Stored> = ();
+/// Cosines and sines of the longest input, each `[seq_length, n_pairs]`.
+#[derive(Debug)]
+struct Tables<R> {
+    cos: Vec<R>,
+    sin: Vec<R>,
+}
+
+#[derive(Debug)]
+struct Turn(Rotation);
+
+impl Operator for Turn {
+    type Saved<E: Stored> = Tables<E::Real>;
 
     fn keeps_input(&self, _: usize) -> bool {
         false
     }
 
-    fn forward<E: Stored>(&self, inputs: &[View<'_, E>]) -> (Vec<Array<E>>, ()) {
-        let outputs = inputs.iter().map(|x| self.turn(x, false));
-        (outputs.collect(), ())
+    fn forward<E: Stored>(&self, inputs: &[View<'_, E>]) -> (Vec<Array<E>>, Tables<E::Real>) {
+        let longest = inputs.iter().map(|x| x.dims()[1]).max().unwrap_or(0);
+        let [cos, sin] = self
+            .0
+            .tables(longest)
+            .map(|table| table.into_iter().map(E::Real::from_f64).collect());
+        let tables = Tables { cos, sin };
+        let outputs = inputs.iter().map(|x| self.0.turn(x, &tables)).collect();
+        (outputs, tables)
     }
 
-    fn backward<E: Stored>(&self, pass: &Pass<'_, E, ()>) -> Vec<Gradient<E>> {
-        let back = |i| match pass.gradient(i) {
-            Some(d_output) => pass.if_wanted(i, || self.turn(&d_output, true)),
+    fn backward<E: Stored>(&self, pass: &Pass<'_, E, Tables<E::Real>>) -> Vec<Gradient<E>> {
+        // Back by the same angles.
+        let back = Tables {
+            cos: pass.saved.cos.clone(),
+            sin: pass.saved.sin.iter().map(|sin| -*sin).collect(),
+        };
+        let turn_back = |i| match pass.gradient(i) {
+            Some(d_output) => pass.if_wanted(i, || self.0.turn(&d_output, &back)),
             None => Gradient::None,
         };
-        (0..pass.wanted.len()).map(back).collect()
+        (0..pass.wanted.len()).map(turn_back).collect()
     }
 }
 
