@@ -10,8 +10,8 @@ use emberlm_core::{
     BatchData, BlockSizes, Blockwise, Fixed, Lengths, Pattern, RandomBlocks, RandomKey, Schedule,
     Strided, Window,
 };
-use emberlm_testkit::{assert_close, device, largest_difference, random};
-use proptest::{prelude::*, test_runner::RngSeed};
+use emberlm_testkit::{assert_close, device, largest_difference, random, same_cases};
+use proptest::prelude::*;
 
 const IMPLEMENTATIONS: [Implementation; 3] = [
     Implementation::Reference,
@@ -404,21 +404,8 @@ prop_compose! {
     }
 }
 
-/// The same cases in every run, so that equal code passes equally often; others by `PROPTEST_RNG_SEED`.
-fn same_cases() -> RngSeed {
-    match ProptestConfig::default().rng_seed {
-        RngSeed::Random => RngSeed::Fixed(1),
-        given => given,
-    }
-}
-
 proptest! {
-    #![proptest_config(ProptestConfig {
-        cases: ProptestConfig::default().cases / 4,
-        failure_persistence: None,
-        rng_seed: same_cases(),
-        ..ProptestConfig::default()
-    })]
+    #![proptest_config(same_cases(4))]
 
     #[test]
     fn any_combination(case in any_case()) {

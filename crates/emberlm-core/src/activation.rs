@@ -37,8 +37,12 @@ impl Activation {
             Self::SquaredRelu => activation::relu(x).square(),
             Self::Gelu => gelu(x),
             Self::GeluTanh => activation::gelu_approximate(x),
-            // Burn's sigmoid may go through f32 whatever it is given; a model in f64 keeps its precision.
-            Self::Silu if x.dtype() == DType::F64 => x.clone() / ((-x).exp() + 1.0),
+            // Burn's sigmoid may go through f32 whatever it is given; a model in f64 keeps its precision. The hyperbolic
+            // tangent does not overflow, as the exponential would in the gradient.
+            Self::Silu if x.dtype() == DType::F64 => {
+                let doubled = (x.clone() * 0.5).tanh() + 1.0;
+                x * doubled * 0.5
+            }
             Self::Silu => activation::silu(x),
         }
     }

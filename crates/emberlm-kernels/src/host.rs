@@ -46,16 +46,15 @@ impl<'a, E: Stored> View<'a, E> {
         if self.dims.contains(&0) {
             return;
         }
-        let reach = |sign: isize| -> isize {
-            self.dims
-                .iter()
-                .zip(self.strides)
-                .map(|(dim, stride)| (*dim as isize - 1) * (stride * sign).max(0) * sign)
+        // Wider than any product of a size and a stride.
+        let reach = |sign: i128| -> i128 {
+            let ends = self.dims.iter().zip(self.strides);
+            ends.map(|(dim, stride)| (*dim as i128 - 1) * (stride as i128 * sign).max(0) * sign)
                 .sum()
         };
-        let (lowest, highest) = (first as isize + reach(-1), first as isize + reach(1));
+        let (lowest, highest) = (first as i128 + reach(-1), first as i128 + reach(1));
         assert!(
-            lowest >= 0 && highest < elements.len() as isize,
+            lowest >= 0 && highest < elements.len() as i128,
             "the view reaches from {lowest} to {highest} of {} elements",
             elements.len()
         );
@@ -348,6 +347,12 @@ mod tests {
     #[should_panic(expected = "the view reaches from 1 to 24 of 24 elements")]
     fn views_stay_inside() {
         View::strided(&[0.0_f32; 24], 1, [1, 2, 3, 4], [24, 12, 4, 1]);
+    }
+
+    #[test]
+    #[should_panic(expected = "the view reaches from 0 to 18446744073709551614 of 24 elements")]
+    fn views_that_reach_far_do_not_come_round() {
+        View::strided(&[0.0_f32; 24], 0, [1, 1, 3, 1], [0, 0, isize::MAX, 1]);
     }
 
     #[test]

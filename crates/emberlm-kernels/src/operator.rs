@@ -16,7 +16,6 @@ use burn::{
         Autodiff, Backend, BackendTensor, Dispatch, DispatchAutodiffContext, DispatchTensor,
         DispatchTensorKind, ExtensionType, TensorMetadata,
         autodiff::{
-            NodeId,
             checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
             grads::Gradients,
             ops::{Backward, NodeGuard, Ops, OpsKind},
@@ -24,7 +23,7 @@ use burn::{
         backend_extension,
         tensor::FloatTensor,
     },
-    tensor::{DType, Tensor},
+    tensor::{DType, Shape, Tensor},
 };
 use half::{bf16, f16};
 
@@ -340,6 +339,8 @@ struct State<B: Backend, O> {
     operator: Arc<O>,
     dtype: DType,
     inputs: Vec<Option<FloatTensor<B>>>,
+    /// Of the inputs.
+    shapes: Vec<Shape>,
     outputs: Vec<Option<FloatTensor<B>>>,
     saved: Saved,
     /// Nothing for one output, whose gradient is that of the node.
@@ -352,6 +353,7 @@ impl<B: Backend, O> Clone for State<B, O> {
             operator: self.operator.clone(),
             dtype: self.dtype,
             inputs: self.inputs.clone(),
+            shapes: self.shapes.clone(),
             outputs: self.outputs.clone(),
             saved: self.saved.clone(),
             arrived: self.arrived.clone(),
@@ -400,9 +402,11 @@ fn tracked<B: HostBackend, C: CheckpointStrategy, O: Operator, const N: usize>(
     let own = match step.stateful() {
         OpsKind::UnTracked(step) => step.finish(own),
         OpsKind::Tracked(step) => {
+            let shapes = inputs.iter().map(TensorMetadata::shape).collect();
             let inputs = (0..).zip(inputs);
             let outputs = (0..).zip(&outputs);
             let state = State {
+                shapes,
                 inputs: inputs
                     .map(|(i, input)| operator.keeps_input(i).then_some(input))
                     .collect(),
@@ -458,17 +462,23 @@ impl<B: HostBackend, O: Operator, const N: usize> Backward<B, N> for OperatorBac
             None => vec![Some(own)],
             Some(arrived) => std::mem::take(&mut *lock(arrived)),
         };
-        let parents: Vec<Option<NodeId>> = ops
-            .parents
-            .into_iter()
-            .map(|parent| parent.map(|parent| parent.id))
-            .collect();
-        let wanted: Vec<bool> = parents.iter().map(Option::is_some).collect();
+        let wanted = ops.parents.each_ref().map(Option::is_some);
         let dtype = ops.state.dtype;
         let computed = by_dtype!(dtype, backward_of::<B, O>(&ops.state, &arrived, &wanted));
-        for (parent, gradient) in parents.into_iter().zip(computed) {
-            if let (Some(parent), Some(gradient)) = (parent, gradient) {
-                gradients.register::<B>(parent, gradient);
+        for ((parent, gradient), shape) in
+            ops.parents.into_iter().zip(computed).zip(ops.state.shapes)
+        {
+            let Some(parent) = parent else {
+                continue;
+            };
+            match gradient {
+                Some(gradient) => gradients.register::<B>(parent.id, gradient),
+                // The step of a parent takes its gradient; a leaf has none.
+                None if !parent.parents.is_empty() => {
+                    let zeros = B::float_zeros(shape, &Default::default(), dtype.into());
+                    gradients.register::<B>(parent.id, zeros);
+                }
+                None => {}
             }
         }
     }

@@ -8,7 +8,7 @@ pub struct Shared<'a, T> {
     slice: PhantomData<&'a mut [T]>,
 }
 
-// Safety: what each thread writes is its own, as `row` demands.
+// Safety: what each thread writes is its own, as `part` demands.
 unsafe impl<T: Send> Send for Shared<'_, T> {}
 // Safety: as above.
 unsafe impl<T: Send> Sync for Shared<'_, T> {}

@@ -1,6 +1,7 @@
 //! What the tests of the workspace share: the device under test, fixtures, comparisons, gradient checks, and the
 //! laws that every variant must keep. It knows Burn and nothing of EmberLM.
 
+mod cases;
 mod close;
 mod fixture;
 mod gradients;
@@ -8,6 +9,7 @@ pub mod laws;
 mod parameters;
 mod random;
 
+pub use cases::same_cases;
 pub use close::{assert_close, largest_difference};
 pub use fixture::Fixture;
 pub use gradients::assert_gradients_match;

@@ -78,7 +78,7 @@ pub fn activate_by<const D: usize>(
 ///
 /// # Panics
 ///
-/// If the shapes differ, or one has a bias and the other has not.
+/// If the shapes of gate and up differ, or the width of a bias.
 pub fn gate<const D: usize>(
     activation: Activation,
     gate: Tensor<D>,

@@ -201,13 +201,19 @@ pub fn sum_of_squares_by<const D: usize>(
 #[derive(Debug)]
 struct Squares;
 
+/// Elements that are summed as a row.
+const ROW: usize = 64;
+
 impl Operator for Squares {
     type Saved<E: Stored> = ();
 
     fn forward<E: Stored>(&self, inputs: &[View<'_, E>]) -> (Vec<Array<E>>, ()) {
         let x = inputs[0].reals();
-        let of_range = |range: std::ops::Range<usize>| squares(&x[range]).to_f64();
-        let sum = rows::sum_ranges(x.len(), 1, of_range, |a, b| a + b);
+        let of_rows = |rows: std::ops::Range<usize>| {
+            let end = x.len().min(rows.end * ROW);
+            squares(&x[rows.start * ROW..end]).to_f64()
+        };
+        let sum = rows::sum_ranges(x.len().div_ceil(ROW), ROW, of_rows, |a, b| a + b);
         let sum = E::Real::from_f64(sum.unwrap_or(0.0));
         (vec![Array::from_reals(vec![sum], &[1])], ())
     }

@@ -4,8 +4,7 @@ use std::ops::Range;
 
 use burn::tensor::{DType, Int, Tensor, TensorData, activation::log_softmax};
 use emberlm_kernels::{
-    Array, Buffer, Gradient, Operator, Pass, Real, Shared, Stored, View, each_vector, kernel,
-    lanes,
+    Array, Buffer, Gradient, Operator, Pass, Real, Stored, View, each_vector, kernel, lanes,
     matrix::{Matrix, Store, product},
     rows, run,
 };
@@ -299,8 +298,9 @@ fn linearised(
             (x.clone() * Tensor::from_inner(gradient)).sum()
         });
         let linear = linear.reduce(|a, b| a + b).expect("there are two");
-        // Its value is the sum's, its gradients are the linear function's.
-        sum.detach() + linear.clone() - linear.detach()
+        // Its value is the sum's, its gradients are the linear function's. The difference is zero, and comes first: the
+        // linear function's value may be so large that the sum would lose its digits in it.
+        sum.detach() + (linear.clone() - linear.detach())
     };
     let [h, t] = [&hidden, &table].map(|x| x.clone().detach());
     CrossEntropy {
@@ -439,11 +439,26 @@ impl Loss {
     }
 }
 
+/// The partition function `Z = e^largest sum` of a row, in two parts: the logarithm in one would be rounded to the digits
+/// of the largest score, which may be far larger than the loss.
+#[derive(Debug, Clone, Copy)]
+struct Partition<R> {
+    largest: R,
+    /// Of `e^(x - largest)`.
+    sum: R,
+}
+
+impl<R: Real> Partition<R> {
+    fn log(&self) -> f64 {
+        self.largest.to_f64() + self.sum.to_f64().ln()
+    }
+}
+
 /// What the forward pass keeps.
 #[derive(Debug)]
 struct Kept<R> {
     /// Of each row.
-    log_partitions: Vec<R>,
+    partitions: Vec<Partition<R>>,
     /// The scores, if they were computed here and are no more than a chunk.
     scores: Option<Vec<R>>,
 }
@@ -455,18 +470,18 @@ impl Operator for Loss {
         let n_rows = self.targets.len();
         let keep = self.scores != Scores::Given && n_rows <= rows_a_chunk(self.vocab_size);
         let mut kept = None;
-        let (mut losses, mut partitions) = (vec![E::Real::default(); n_rows], Buffer::new(n_rows));
-        let (to_losses, to_partitions) = (Shared::new(&mut losses), partitions.shared());
+        let (mut losses, mut partitions) = (Buffer::new(n_rows), Buffer::new(n_rows));
+        let (to_losses, to_partitions) = (losses.shared(), partitions.shared());
         self.with_scores(inputs, |chunk, scores| {
             rows::for_each_range(chunk.len(), self.vocab_size, |range| {
                 for i in range {
                     let row = &scores[i * self.vocab_size..(i + 1) * self.vocab_size];
                     let i = chunk.start + i;
-                    let log_partition = log_sum_exp(row);
+                    let partition = partition_of(row);
                     // Safety: each row belongs to one range.
                     unsafe {
-                        to_losses.part(i, 1)[0] = self.loss(i, row, log_partition);
-                        to_partitions.part(i, 1)[0] = log_partition;
+                        to_losses.part(i, 1)[0] = self.loss(i, row, partition);
+                        to_partitions.part(i, 1)[0] = partition;
                     }
                 }
             });
@@ -475,21 +490,20 @@ impl Operator for Loss {
             }
         });
         // Safety: the ranges cover all rows.
-        let log_partitions = unsafe { partitions.finish() };
+        let (losses, partitions) = unsafe { (losses.finish(), partitions.finish()) };
         let (mut nll_sum, mut z_sum) = (0.0, 0.0);
-        for ((target, loss), log_partition) in self.targets.iter().zip(&losses).zip(&log_partitions)
-        {
+        for ((target, loss), partition) in self.targets.iter().zip(losses).zip(&partitions) {
             // Not a product with zero: what is ignored may be infinite.
             if target.weight != 0.0 {
-                nll_sum += target.weight * loss.to_f64();
-                z_sum += target.weight * log_partition.to_f64() * log_partition.to_f64();
+                nll_sum += target.weight * loss;
+                z_sum += target.weight * partition.log().powi(2);
             }
         }
         let sum = |x| Array::from_reals(vec![E::Real::from_f64(x)], &[1]);
         (
             vec![sum(nll_sum), sum(z_sum)],
             Kept {
-                log_partitions,
+                partitions,
                 scores: kept,
             },
         )
@@ -552,19 +566,19 @@ impl Operator for Loss {
 
 impl Loss {
     /// The loss of row `i`, without its weight.
-    fn loss<R: Real>(&self, i: usize, row: &[R], log_partition: R) -> R {
+    fn loss<R: Real>(&self, i: usize, row: &[R], partition: Partition<R>) -> f64 {
+        let Partition { largest, sum } = partition;
+        // Differences first: they are smaller than the scores.
+        let below = |x: R| (largest - x).to_f64();
+        let log_sum = sum.to_f64().ln();
+        let loss = below(row[self.targets[i].class as usize]) + log_sum;
         let smoothing = self.label_smoothing;
-        let score = row[self.targets[i].class as usize];
         if smoothing == 0.0 {
-            return log_partition - score;
+            return loss;
         }
-        // Of the deviations, which are smaller than the scores.
-        let mut uniform = 0.0;
-        for x in row {
-            uniform += (log_partition - *x).to_f64();
-        }
-        let uniform = smoothing / self.vocab_size as f64 * uniform;
-        R::from_f64((1.0 - smoothing) * (log_partition - score).to_f64() + uniform)
+        let total: f64 = row.iter().map(|x| below(*x)).sum();
+        let uniform = total / self.vocab_size as f64 + log_sum;
+        (1.0 - smoothing) * loss + smoothing * uniform
     }
 
     /// Gradients of the scores of some rows: with `p` the probabilities, `y` the smoothed target and `a`, `b` the
@@ -582,7 +596,7 @@ impl Loss {
         rows::for_each_range(chunk.len(), classes, |range| {
             for i in range {
                 let target = self.targets[chunk.start + i];
-                let log_partition = kept.log_partitions[chunk.start + i];
+                let partition = kept.partitions[chunk.start + i];
                 // Safety: each row belongs to one range.
                 let to = unsafe { to.part(i * classes, classes) };
                 if target.weight == 0.0 {
@@ -590,10 +604,10 @@ impl Loss {
                     continue;
                 }
                 let row = &scores[i * classes..(i + 1) * classes];
-                let slope = d_nll + 2.0 * d_z * log_partition.to_f64();
-                let slope = R::from_f64(target.weight * slope);
+                let slope = target.weight * (d_nll + 2.0 * d_z * partition.log());
+                let slope = R::from_f64(slope / partition.sum.to_f64());
                 let each = target.weight * d_nll * self.label_smoothing / classes as f64;
-                scaled_softmax(row, log_partition, slope, R::from_f64(each), to);
+                scaled_exp(row, partition.largest, slope, R::from_f64(each), to);
                 let hit = target.weight * d_nll * (1.0 - self.label_smoothing);
                 let at = &mut to[target.class as usize];
                 *at = *at - R::from_f64(hit);
@@ -605,10 +619,10 @@ impl Loss {
 }
 
 kernel! {
-    /// `log sum exp` of a row.
-    fn log_sum_exp<'a, R: Real>(simd: S, row: &'a [R],) -> R {
+    /// The partition function of a row.
+    fn partition_of<'a, R: Real>(simd: S, row: &'a [R],) -> Partition<R> {
         let whole = row.len() / lanes::<R, S>() * lanes::<R, S>();
-        // Safety: each_vector of the row alone.
+        // Safety: vectors of the row alone.
         unsafe {
             let mut largest = R::splat(simd, R::NEG_INFINITY);
             each_vector!(R, S, whole, |j, _| {
@@ -630,22 +644,22 @@ kernel! {
             for x in &row[whole..] {
                 sum += (*x - largest).exp();
             }
-            largest + sum.ln()
+            Partition { largest, sum }
         }
     }
 }
 
 kernel! {
-    /// `slope e^(x - log_partition) - each` of a row.
-    fn scaled_softmax<'a, R: Real>(
+    /// `slope e^(x - largest) - each` of a row.
+    fn scaled_exp<'a, R: Real>(
         simd: S,
         row: &'a [R],
-        log_partition: R,
+        largest: R,
         slope: R,
         each: R,
         to: &'a mut [R],
     ) -> () {
-        let [shift, slope, each] = [log_partition, slope, each].map(|x| R::splat(simd, x));
+        let [shift, slope, each] = [largest, slope, each].map(|x| R::splat(simd, x));
         each_vector!(R, S, row.len(), |j, n| {
             // Safety: both rows have `n` elements from `j` on.
             unsafe {

@@ -1,6 +1,6 @@
 //! Dropout, alone and with the addition of a residual.
 
-use burn::tensor::{Tensor, TensorData};
+use burn::tensor::{Bool, Tensor, TensorData};
 use emberlm_kernels::{Array, Buffer, Gradient, Operator, Pass, Real, Stored, View, rows, run_one};
 
 use super::Implementation;
@@ -89,35 +89,36 @@ impl Dropped {
         key.filter(|_| rate > 0.0).map(|key| Self { rate, key })
     }
 
-    /// By what element `i` is multiplied.
-    fn factor(&self, i: usize) -> f64 {
-        match self.key.uniform(i as u64) < self.rate {
-            true => 0.0,
-            false => 1.0 / (1.0 - self.rate),
-        }
+    fn is_dropped(&self, i: usize) -> bool {
+        self.key.uniform(i as u64) < self.rate
+    }
+
+    /// By what the other elements are multiplied.
+    fn scale(&self) -> f64 {
+        1.0 / (1.0 - self.rate)
     }
 
     fn definition<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         let dims = x.dims();
         let n_elements = dims.iter().product();
-        let factors: Vec<f64> = (0..n_elements).map(|i| self.factor(i)).collect();
-        let factors = TensorData::new(factors, dims);
-        let factors = Tensor::<D>::from_data(factors, (&x.device(), x.dtype()));
-        x * factors
+        let dropped: Vec<bool> = (0..n_elements).map(|i| self.is_dropped(i)).collect();
+        let dropped = Tensor::<D, Bool>::from_data(TensorData::new(dropped, dims), &x.device());
+        // Not a product with zeros: what is dropped may be infinite.
+        (x * self.scale()).mask_fill(dropped, 0.0)
     }
 
-    /// `x` times the factors, with `residual` added where there is one.
+    /// `x` after dropout, with `residual` added where there is one.
     fn apply<R: Real>(&self, x: &[R], residual: Option<&[R]>) -> Vec<R> {
         let mut output = Buffer::new(x.len());
         let to = output.shared();
+        let scale = R::from_f64(self.scale());
         rows::for_each_range(x.len(), 1, |range| {
             // Safety: each element belongs to one range.
             let to = unsafe { to.part(range.start, range.len()) };
             for (to, i) in to.iter_mut().zip(range) {
-                let dropped = match self.factor(i) {
-                    // Not a product: what is dropped may be infinite.
-                    0.0 => R::default(),
-                    factor => x[i] * R::from_f64(factor),
+                let dropped = match self.is_dropped(i) {
+                    true => R::default(),
+                    false => x[i] * scale,
                 };
                 *to = residual.map_or(dropped, |residual| residual[i] + dropped);
             }

@@ -203,11 +203,14 @@ struct Norm {
     has_shift: bool,
 }
 
-/// Of each row the mean (zero for RMS norm) and the reciprocal of the root.
+/// Of each row the mean (zero for RMS norm), the reciprocal of the root, and an offset: the normed row is
+/// `(x - mean) factor + offset`. The offset makes up for the mean's rounding, which may be no less than the deviations
+/// from it.
 #[derive(Debug)]
 struct Statistics<R> {
     means: Vec<R>,
     factors: Vec<R>,
+    offsets: Vec<R>,
 }
 
 impl Norm {
@@ -247,12 +250,13 @@ impl Operator for Norm {
         let n_elements = n_rows * width;
         let mut sum = Buffer::new(if self.residual { n_elements } else { 0 });
         let mut normed = Buffer::new(n_elements);
-        let (mut means, mut factors) = (Buffer::new(n_rows), Buffer::new(n_rows));
+        let [mut means, mut factors, mut offsets] = [(); 3].map(|()| Buffer::new(n_rows));
         let to = Results {
             sum: sum.shared(),
             normed: normed.shared(),
             means: means.shared(),
             factors: factors.shared(),
+            offsets: offsets.shared(),
         };
         let epsilon = E::Real::from_f64(self.epsilon);
         rows::for_each_range(n_rows, width, |range| {
@@ -264,17 +268,16 @@ impl Operator for Norm {
             forward_rows(range, &x, y.as_deref(), parameters, epsilon, &to);
         });
         // Safety: the ranges cover all rows.
-        let (sum, normed, means, factors) = unsafe {
-            (
-                sum.finish(),
-                normed.finish(),
-                means.finish(),
-                factors.finish(),
-            )
+        let (sum, normed, statistics) = unsafe {
+            let statistics = Statistics {
+                means: means.finish(),
+                factors: factors.finish(),
+                offsets: offsets.finish(),
+            };
+            (sum.finish(), normed.finish(), statistics)
         };
         let shape = inputs[0].shape();
         let normed = Array::from_reals(normed, shape);
-        let statistics = Statistics { means, factors };
         let outputs = match self.residual {
             true => vec![Array::from_reals(sum, shape), normed],
             false => vec![normed],
@@ -361,6 +364,7 @@ struct Results<'a, R> {
     normed: Shared<'a, R>,
     means: Shared<'a, R>,
     factors: Shared<'a, R>,
+    offsets: Shared<'a, R>,
 }
 
 kernel! {
@@ -404,6 +408,7 @@ kernel! {
                 }
                 let means = R::splat(simd, mean);
                 let mut squares = R::splat(simd, R::default());
+                let mut rest = squares;
                 each_vector!(R, S, width, |j, n| {
                     // What is behind the row must not count.
                     let x = match n == emberlm_kernels::lanes::<R, S>() {
@@ -411,14 +416,22 @@ kernel! {
                         false => deviations(simd, row.add(j), mean, n),
                     };
                     squares = R::vmul_add(simd, x, x, squares);
+                    rest = R::vadd(simd, rest, x);
                 });
-                let square = R::reduce_sum(simd, squares) / count;
+                let mut square = R::reduce_sum(simd, squares) / count;
+                let mut rounding = R::default();
+                if parameters.centered {
+                    // What the deviations are on average is what the mean was rounded by.
+                    rounding = R::reduce_sum(simd, rest) / count;
+                    square = square - rounding * rounding;
+                }
                 let factor = R::from_f64(1.0) / (square + epsilon).sqrt();
-                let factors = R::splat(simd, factor);
+                let offset = -(rounding * factor);
+                let (factors, offsets) = (R::splat(simd, factor), R::splat(simd, offset));
                 let normed = to.normed.part(at, width).as_mut_ptr();
                 each_vector!(R, S, width, |j, n| {
                     let x = R::vsub(simd, R::load_some(simd, row.add(j), n), means);
-                    let x = R::vmul(simd, x, factors);
+                    let x = R::vmul_add(simd, x, factors, offsets);
                     let scale = R::load_some(simd, scale.add(j), n);
                     let y = match parameters.shift {
                         None => R::vmul(simd, x, scale),
@@ -431,6 +444,7 @@ kernel! {
                 });
                 to.means.part(i, 1)[0] = mean;
                 to.factors.part(i, 1)[0] = factor;
+                to.offsets.part(i, 1)[0] = offset;
             }
         }
     }
@@ -481,13 +495,14 @@ kernel! {
             let d_normed = incoming.d_normed[at..at + width].as_ptr();
             let means = R::splat(simd, incoming.statistics.means[i]);
             let factors = R::splat(simd, incoming.statistics.factors[i]);
+            let offsets = R::splat(simd, incoming.statistics.offsets[i]);
             // Safety: as in the forward pass. Behind a row `d_normed` is read as zero, so nothing there counts.
             unsafe {
                 let mut sum = R::splat(simd, R::default());
                 let mut dot = sum;
                 each_vector!(R, S, width, |j, n| {
                     let z = R::vsub(simd, R::load_some(simd, x.add(j), n), means);
-                    let z = R::vmul(simd, z, factors);
+                    let z = R::vmul_add(simd, z, factors, offsets);
                     let d = R::load_some(simd, d_normed.add(j), n);
                     let g = R::vmul(simd, d, R::load_some(simd, scale.add(j), n));
                     sum = R::vadd(simd, sum, g);
@@ -506,7 +521,7 @@ kernel! {
                 let d_x = to.part(at, width).as_mut_ptr();
                 each_vector!(R, S, width, |j, n| {
                     let z = R::vsub(simd, R::load_some(simd, x.add(j), n), means);
-                    let z = R::vmul(simd, z, factors);
+                    let z = R::vmul_add(simd, z, factors, offsets);
                     let d = R::load_some(simd, d_normed.add(j), n);
                     let g = R::vmul(simd, d, R::load_some(simd, scale.add(j), n));
                     let g = R::vsub(simd, R::vsub(simd, g, mean), R::vmul(simd, z, dot));
