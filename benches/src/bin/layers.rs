@@ -16,8 +16,8 @@ use emberlm::{
     core::{
         Activation, CrossEntropyConfig, RandomKey, RotaryLayout,
         operators::{
-            Implementation, NormParameters, Projection, Rotation, activate_by, add_dropped_by,
-            add_norm_by, cross_entropy_by, embed_by, gate_by, linear_by, norm_by,
+            AdamWStep, Implementation, NormParameters, Projection, Rotation, activate_by, adamw_by,
+            add_dropped_by, add_norm_by, cross_entropy_by, embed_by, gate_by, linear_by, norm_by,
             projected_cross_entropy_by, rotate_by,
         },
     },
@@ -93,6 +93,7 @@ enum Op {
     Embedding,
     Rotary,
     Dropout,
+    Adamw,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -214,6 +215,7 @@ fn numbers(op: Op, rows: usize, width: usize, vocab: usize, backward: bool) -> u
         Op::Embedding => (rows + rows.min(width) * width + n, rows + n + width * width),
         Op::Rotary => (2 * n + D_HEAD * rows, 2 * n + D_HEAD * rows),
         Op::Dropout => (3 * n, 2 * n),
+        Op::Adamw => (7 * n, 0),
     };
     forward + if backward { further } else { 0 }
 }
@@ -333,6 +335,22 @@ impl<'a> Bench<'a> {
                 Box::new(move || {
                     let x: Tensor<2> = pass.leaf(&x);
                     pass.end(activate_by(implementation, activation, x, None));
+                })
+            }
+            Op::Adamw => {
+                let [p, g, m, v] = [1, 2, 3, 4].map(|seed| self.random([rows, width], seed));
+                let v = v.square();
+                let step = AdamWStep {
+                    learning_rate: 1e-3,
+                    beta_1: 0.9,
+                    beta_2: 0.99,
+                    epsilon: 1e-8,
+                    weight_decay: 0.1,
+                    time: 10,
+                };
+                Box::new(move || {
+                    let moments = Some([m.clone(), v.clone()]);
+                    adamw_by(implementation, &step, p.clone(), g.clone(), moments);
                 })
             }
             Op::Swiglu => {

@@ -1,6 +1,6 @@
 //! Cross-entropy from scores, or from hidden states whose scores are never held whole.
 
-use std::ops::Range;
+use std::{borrow::Cow, ops::Range};
 
 use burn::tensor::{DType, Int, Tensor, TensorData, activation::log_softmax};
 use emberlm_kernels::{
@@ -416,16 +416,14 @@ impl Loss {
     fn with_scores<E: Stored>(
         &self,
         inputs: &[View<'_, E>],
-        mut each: impl FnMut(Range<usize>, &[E::Real]),
+        mut each: impl FnMut(Range<usize>, Cow<'_, [E::Real]>),
     ) {
         let classes = self.vocab_size;
         if self.scores == Scores::Given {
             let scores = inputs[0].reals();
             for chunk in self.chunks() {
-                each(
-                    chunk.clone(),
-                    &scores[chunk.start * classes..chunk.end * classes],
-                );
+                let scores = &scores[chunk.start * classes..chunk.end * classes];
+                each(chunk, Cow::Borrowed(scores));
             }
             return;
         }
@@ -434,7 +432,7 @@ impl Loss {
         let columns = self.columns(&table);
         for chunk in self.chunks() {
             let scores = multiply(&hidden.rows(chunk.start, chunk.len()), &columns);
-            each(chunk, &scores);
+            each(chunk, Cow::Owned(scores));
         }
     }
 }
@@ -486,7 +484,7 @@ impl Operator for Loss {
                 }
             });
             if keep {
-                kept = Some(scores.to_vec());
+                kept = Some(scores.into_owned());
             }
         });
         // Safety: the ranges cover all rows.
@@ -551,7 +549,7 @@ impl Operator for Loss {
         };
         match &pass.saved.scores {
             Some(scores) => of_chunk(0..n_rows, scores),
-            None => self.with_scores(&inputs, of_chunk),
+            None => self.with_scores(&inputs, |chunk, scores| of_chunk(chunk, &scores)),
         }
         let n_elements = self.vocab_size * width;
         let d_table = d_table.unwrap_or_else(|| vec![E::Real::default(); n_elements]);

@@ -1,7 +1,9 @@
 //! Dropout, alone and with the addition of a residual.
 
 use burn::tensor::{Bool, Tensor, TensorData};
-use emberlm_kernels::{Array, Buffer, Gradient, Operator, Pass, Real, Stored, View, rows, run_one};
+use emberlm_kernels::{
+    Array, Buffer, Gradient, Operator, Pass, Real, Stored, View, kernel, rows, run_one,
+};
 
 use super::Implementation;
 use crate::RandomKey;
@@ -115,16 +117,34 @@ impl Dropped {
         rows::for_each_range(x.len(), 1, |range| {
             // Safety: each element belongs to one range.
             let to = unsafe { to.part(range.start, range.len()) };
-            for (to, i) in to.iter_mut().zip(range) {
-                let dropped = match self.is_dropped(i) {
-                    true => R::default(),
-                    false => x[i] * scale,
-                };
-                *to = residual.map_or(dropped, |residual| residual[i] + dropped);
+            drop_some(self, range.start, &x[range.clone()], scale, to);
+            if let Some(residual) = residual {
+                to.iter_mut()
+                    .zip(&residual[range])
+                    .for_each(|(to, x)| *to += *x);
             }
         });
         // Safety: the ranges cover all elements.
         unsafe { output.finish() }
+    }
+}
+
+kernel! {
+    /// Elements `first ..` after dropout.
+    fn drop_some<'a, R: Real>(
+        _simd: S,
+        dropped: &'a Dropped,
+        first: usize,
+        x: &'a [R],
+        scale: R,
+        to: &'a mut [R],
+    ) -> () {
+        for (i, (to, x)) in to.iter_mut().zip(x).enumerate() {
+            *to = match dropped.is_dropped(first + i) {
+                true => R::default(),
+                false => *x * scale,
+            };
+        }
     }
 }
 

@@ -323,7 +323,10 @@ impl Operator for Norm {
                     centered: self.centered,
                 };
                 let mut d_scale = vec![E::Real::default(); width];
-                let mut d_shift = d_scale.clone();
+                let mut d_shift = match self.has_shift {
+                    true => d_scale.clone(),
+                    false => Vec::new(),
+                };
                 backward_rows(
                     range,
                     &incoming,
@@ -488,6 +491,7 @@ kernel! {
         let width = parameters.scale.len();
         let count = R::from_f64(width as f64);
         let scale = parameters.scale.as_ptr();
+        let has_shift = !d_shift.is_empty();
         let (d_scale, d_shift) = (d_scale.as_mut_ptr(), d_shift.as_mut_ptr());
         for i in range {
             let at = i * width;
@@ -509,8 +513,10 @@ kernel! {
                     dot = R::vmul_add(simd, g, z, dot);
                     let total = R::load_some(simd, d_scale.add(j), n);
                     R::store_some(simd, d_scale.add(j), R::vmul_add(simd, d, z, total), n);
-                    let total = R::load_some(simd, d_shift.add(j), n);
-                    R::store_some(simd, d_shift.add(j), R::vadd(simd, d, total), n);
+                    if has_shift {
+                        let total = R::load_some(simd, d_shift.add(j), n);
+                        R::store_some(simd, d_shift.add(j), R::vadd(simd, d, total), n);
+                    }
                 });
                 let mean = match parameters.centered {
                     true => R::reduce_sum(simd, sum) / count,
