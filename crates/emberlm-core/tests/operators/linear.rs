@@ -10,7 +10,9 @@ use emberlm_testkit::{
 };
 use proptest::prelude::*;
 
-use crate::common::{N_ROWS, Pass, WIDTHS, check, check_all, check_bits, check_sixteen_bits};
+use crate::common::{
+    N_ROWS, Pass, WIDTHS, check, check_all, check_bits, check_long_sums, check_sixteen_bits,
+};
 
 /// A projection of `[n_rows, d_input]`.
 fn one(pass: &mut Pass, [n_rows, d_input, d_output]: [usize; 3], bias: bool) {
@@ -59,7 +61,7 @@ fn one_projection_at_odd_sizes() {
             }
             for bias in [false, true] {
                 let sizes = [n_rows, d_input, d_output];
-                check(&format!("linear {sizes:?}, bias {bias}"), |pass| {
+                check_long_sums(&format!("linear {sizes:?}, bias {bias}"), |pass| {
                     one(pass, sizes, bias);
                 });
             }
@@ -89,7 +91,7 @@ fn several_projections() {
         ([33, 1000], [5, 9, 1]),
     ] {
         for has_bias in [[false; 3], [true; 3], [false, true, false]] {
-            check(
+            check_long_sums(
                 &format!("linears {sizes:?} {widths:?} {has_bias:?}"),
                 |pass| {
                     three(pass, sizes, widths, has_bias, [true; 3]);
