@@ -1,6 +1,6 @@
 //! How fused operators compute on the CPU: vectors of any width, tiles of matrix products, and the memory of tensors.
 //!
-//! This crate knows no model. It is the one home of `unsafe` in the workspace, together with the `native` files of the
+//! This crate knows no model. It is the one home of `unsafe` in the workspace, together with the fused operators of the
 //! crates that use it. Instructions are chosen at run time: AVX2, AVX-512 or NEON where the machine has them, else
 //! scalar code ([`pulp`]).
 //!

@@ -120,13 +120,13 @@ pub enum Store {
     Add,
 }
 
-/// `c = a b`, or with it added, on all threads of the pool. Element `(i, j)` of `c` is at `i row_stride + j`.
+/// `c = a b`, or with it added, on all threads of the pool. The elements of `c` are in order.
 ///
 /// The result does not depend on the number of threads.
 ///
 /// # Panics
 ///
-/// If the inner sizes differ or `c` is too small.
+/// If the inner sizes differ, or the number of elements of `c` is not that of the product.
 pub fn product<R: Real>(a: &Matrix<'_, R>, b: &Matrix<'_, R>, c: &mut [R], store: Store) {
     let ([m, k], [inner, n]) = (a.dims(), b.dims());
     assert_eq!(k, inner, "inner size of a product");
