@@ -160,28 +160,17 @@ impl Pass {
 
     /// The outputs are weighted by random numbers, and added to the loss.
     pub(crate) fn output<const D: usize>(&mut self, name: &'static str, y: Tensor<D>) {
-        self.take(name, y, false, |x| x);
-    }
-
-    /// As [`output`](Self::output), with positive weights.
-    pub(crate) fn output_of_positive<const D: usize>(&mut self, name: &'static str, y: Tensor<D>) {
-        self.take(name, y, false, f64::abs);
+        self.take(name, y, false);
     }
 
     /// An output of one element, that is a sum of positive numbers.
     pub(crate) fn positive_sum(&mut self, name: &'static str, y: Tensor<1>) {
-        self.take(name, y, true, |x| x);
+        self.take(name, y, true);
     }
 
-    fn take<const D: usize>(
-        &mut self,
-        name: &'static str,
-        y: Tensor<D>,
-        is_positive_sum: bool,
-        weight: fn(f64) -> f64,
-    ) {
+    fn take<const D: usize>(&mut self, name: &'static str, y: Tensor<D>, is_positive_sum: bool) {
         assert_eq!(y.dtype(), self.dtype, "element type of {name}");
-        let weights = self.constant_of(y.dims(), |_, x| weight(x));
+        let weights = self.constant_of(y.dims(), |_, x| x);
         let part = (y.clone() * weights).sum();
         self.loss = Some(match self.loss.take() {
             Some(loss) => loss + part,
