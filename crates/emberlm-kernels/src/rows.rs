@@ -7,7 +7,7 @@ use rayon::prelude::*;
 /// Elements below which one thread is faster than two.
 const SERIAL: usize = 1 << 14;
 /// Into how many parts sums over rows are cut at most.
-const MAX_PARTS: usize = 32;
+const MAX_PARTS: usize = 16;
 /// Rows that are summed one after another. Sums of such sums are more exact than one long sum.
 const BLOCK: usize = 128;
 

@@ -20,38 +20,15 @@ use std::sync::{Arc, Once};
 
 use burn::tensor::{Bool, Device, Tensor, TensorData};
 use emberlm_core::{BlockSizes, Schedule, Span};
-use emberlm_kernels::is_host;
 
+pub use emberlm_core::operators::Implementation;
 pub use options::{AttendOptions, ScoreCap};
 
-/// How attention is computed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Implementation {
-    /// The dense definition.
-    Reference,
-    /// Tensor operations on the blocks of the schedule.
-    Portable,
-    /// Fused kernels for CPU backends.
-    Native,
-}
-
-impl Implementation {
-    /// The fastest for tensors on `device` and a schedule of the default block sizes.
-    pub fn of(device: &Device) -> Self {
-        if is_host(device) {
-            Self::Native
-        } else {
-            Self::Portable
-        }
-    }
-
-    /// The fastest that takes this schedule: the kernels know blocks of 64 queries and keys alone.
-    fn choose(device: &Device, schedule: &Schedule) -> Self {
-        match *schedule.block_sizes() == BlockSizes::default() {
-            true => Self::of(device),
-            false => Self::Portable,
-        }
+/// The fastest that takes this schedule: the kernels know blocks of 64 queries and keys alone.
+fn fastest(device: &Device, schedule: &Schedule) -> Implementation {
+    match *schedule.block_sizes() == BlockSizes::default() {
+        true => Implementation::of(device),
+        false => Implementation::Portable,
     }
 }
 
@@ -97,7 +74,7 @@ pub fn attend(
     schedule: &Arc<Schedule>,
     options: &AttendOptions,
 ) -> Tensor<4> {
-    let implementation = Implementation::choose(&query.device(), schedule);
+    let implementation = fastest(&query.device(), schedule);
     if implementation == Implementation::Portable {
         static SAID: Once = Once::new();
         SAID.call_once(|| {

@@ -269,7 +269,12 @@ impl Operator for Activated {
                     backward_rows(function, range, sources, &d_output, &to, &mut sums);
                     sums
                 };
-                rows::sum_ranges(n_rows, width, of_range, |[a, b], [c, d]| [add(a, c), add(b, d)])
+                if has_bias {
+                    rows::sum_ranges(n_rows, width, of_range, |[a, b], [c, d]| [add(a, c), add(b, d)])
+                } else {
+                    rows::for_each_range(n_rows, width, |range| { of_range(range); });
+                    None
+                }
             })
         });
         let zeros = || vec![E::Real::default(); width];

@@ -1,7 +1,9 @@
 //! Lookup of rows in a table, with positions.
 
 use burn::tensor::{DType, Int, Tensor};
-use emberlm_kernels::{Array, Buffer, Gradient, Operator, Pass, Real, Stored, View, rows, run_one};
+use emberlm_kernels::{
+    Array, Buffer, Gradient, Operator, Pass, Real, Stored, View, kernel, rows, run_one,
+};
 
 use super::Implementation;
 
@@ -197,6 +199,22 @@ impl Groups {
     }
 }
 
+kernel! {
+    /// The sum of some rows.
+    fn sum_some<'a, R: Real>(
+        _simd: S,
+        elements: &'a [R],
+        rows: &'a [u32],
+        to: &'a mut [R],
+    ) -> () {
+        to.fill(R::default());
+        for row in rows {
+            let row = &elements[*row as usize * to.len()..][..to.len()];
+            to.iter_mut().zip(row).for_each(|(to, x)| *to += *x);
+        }
+    }
+}
+
 fn sum_groups<R: Real>(elements: &[R], width: usize, n_targets: usize, groups: &Groups) -> Vec<R> {
     let mut sums = Buffer::new(n_targets * width);
     let to = sums.shared();
@@ -204,11 +222,8 @@ fn sum_groups<R: Real>(elements: &[R], width: usize, n_targets: usize, groups: &
         for target in range {
             // Safety: each target belongs to one range.
             let to = unsafe { to.part(target * width, width) };
-            to.fill(R::default());
-            for row in &groups.rows[groups.begins[target]..groups.begins[target + 1]] {
-                let row = &elements[*row as usize * width..][..width];
-                to.iter_mut().zip(row).for_each(|(to, x)| *to += *x);
-            }
+            let rows = &groups.rows[groups.begins[target]..groups.begins[target + 1]];
+            sum_some(elements, rows, to);
         }
     });
     // Safety: the ranges cover all targets.
