@@ -121,7 +121,7 @@ impl Operator for AdamWStep {
         let reals = |i: usize| inputs.get(i).map(|view| view.reals()).unwrap_or_default();
         let [parameter, gradient, moment_1, moment_2] = [reals(0), reals(1), reals(2), reals(3)];
         let n_elements = parameter.len();
-        let mut outputs = [const { () }; 3].map(|()| Buffer::new(n_elements));
+        let mut outputs: [Buffer<E::Real>; 3] = std::array::from_fn(|_| Buffer::new(n_elements));
         let to = outputs.each_mut().map(Buffer::shared);
         rows::for_each_range(n_elements, 1, |range| {
             let from = [&parameter, &gradient, &moment_1, &moment_2]
