@@ -29,7 +29,8 @@ pub(crate) struct MemoryRise {
 impl MemoryRise {
     /// Gives free memory back to the system and begins a new high-water mark; nothing where the system does not tell.
     pub(crate) fn begin() -> Option<Self> {
-        give_back();
+        // Else what the allocator keeps counts as resident before the steps that use it again.
+        emberlm::kernels::give_back_freed_memory();
         let resident = status_bytes("VmRSS:")?;
         // Where this is not allowed the mark is that of the whole process.
         let _ = fs::write("/proc/self/clear_refs", "5");
@@ -49,15 +50,3 @@ fn status_bytes(field: &str) -> Option<u64> {
     let kib: u64 = line.trim().strip_suffix(" kB")?.parse().ok()?;
     Some(kib * 1024)
 }
-
-/// Lets the allocator return what is free, which otherwise counts as resident before the steps that use it again.
-#[cfg(all(target_os = "linux", target_env = "gnu"))]
-#[expect(unsafe_code, reason = "the C library has no safe interface for it")]
-fn give_back() {
-    // SAFETY: it may be called at any time, from any thread.
-    unsafe { nix::libc::malloc_trim(0) };
-}
-
-/// Lets the allocator return what is free: unknown here.
-#[cfg(not(all(target_os = "linux", target_env = "gnu")))]
-fn give_back() {}

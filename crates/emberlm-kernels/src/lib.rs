@@ -40,7 +40,7 @@ pub mod tile;
 
 pub use buffer::Buffer;
 pub use host::{HostBackend, View, is_host};
-pub use memory::keep_freed_memory;
+pub use memory::{give_back_freed_memory, keep_freed_memory};
 pub use operator::{Array, Gradient, Operator, Pass, run, run_one};
 #[doc(hidden)]
 pub use pulp;

@@ -1,4 +1,4 @@
-//! Rows shared among threads, in a way that depends on their number alone.
+//! Rows shared among threads, and sums over them that do not depend on the number of threads.
 
 use std::ops::Range;
 

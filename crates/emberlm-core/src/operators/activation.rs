@@ -9,7 +9,7 @@ use emberlm_kernels::{
     rows, run_one,
 };
 
-use super::{Implementation, add};
+use super::{Implementation, add, rows_of};
 use crate::Activation;
 
 /// `f(x + bias)`: an activation after the bias of the projection before it, in one pass.
@@ -152,9 +152,7 @@ fn run_on_rows<const D: usize, const N: usize>(
     biases: [Option<Tensor<1>>; N],
 ) -> Tensor<D> {
     let dims = inputs[0].dims();
-    let width = dims[D - 1];
-    let n_rows = dims[..D - 1].iter().product();
-    let rows = inputs.map(|x| x.reshape([n_rows, width]).into_dispatch());
+    let rows = inputs.map(rows_of);
     let biases = biases.into_iter().flatten().map(Tensor::into_dispatch);
     let output: Tensor<2> = run_one(operator, rows.into_iter().chain(biases));
     output.reshape(dims)

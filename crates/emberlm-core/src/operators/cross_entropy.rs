@@ -86,14 +86,11 @@ pub fn cross_entropy_by(
     if implementation != Implementation::Native {
         return definition(config, logits, targets, weights);
     }
-    let device = logits.device();
-    let operator = Loss::new(config, targets, weights, vocab_size, Scores::Given);
-    let n_targets = Tensor::from_data(operator.n_targets(), (&device, logits.dtype()));
-    operator.run([logits.into_dispatch()], n_targets)
+    Loss::new(config, targets, weights, vocab_size, Scores::Given).run([logits])
 }
 
-/// The loss of hidden states, whose scores are computed in chunks: a chunk holds at most 4 million of them, whatever the
-/// vocabulary, and the backward pass computes them again.
+/// The loss of hidden states, whose scores are computed in chunks: a chunk holds at most 4 million of them, or 16 rows,
+/// and where there are several the backward pass computes them again.
 ///
 /// # Shapes
 ///
@@ -147,11 +144,7 @@ pub fn projected_cross_entropy_by(
         }
         Implementation::Portable => portable(config, hidden, projection, targets, weights),
         Implementation::Native => {
-            let device = hidden.device();
-            let dtype = hidden.dtype();
-            let operator = Loss::new(config, targets, weights, vocab_size, scores);
-            let n_targets = Tensor::from_data(operator.n_targets(), (&device, dtype));
-            operator.run([hidden.into_dispatch(), table.into_dispatch()], n_targets)
+            Loss::new(config, targets, weights, vocab_size, scores).run([hidden, table])
         }
     }
 }
@@ -383,11 +376,10 @@ impl Loss {
         TensorData::new(vec![sum], [1])
     }
 
-    fn run<const N: usize>(
-        self,
-        inputs: [burn::backend::DispatchTensor; N],
-        n_targets: Tensor<1>,
-    ) -> CrossEntropy {
+    fn run<const N: usize>(self, inputs: [Tensor<2>; N]) -> CrossEntropy {
+        let options = (&inputs[0].device(), inputs[0].dtype());
+        let n_targets = Tensor::from_data(self.n_targets(), options);
+        let inputs = inputs.map(Tensor::into_dispatch);
         let [nll_sum, z_sum] = run(self, inputs).map(Tensor::from_dispatch);
         CrossEntropy {
             nll_sum,

@@ -7,7 +7,7 @@ use emberlm_kernels::{
     rows, run,
 };
 
-use super::{Implementation, on_rows, sum_of_rows};
+use super::{Implementation, on_rows, rows_of, sum_of_rows};
 
 /// `y = x W + b`, as burn-nn's `Linear` has it.
 ///
@@ -135,8 +135,7 @@ pub fn linears_by<const D: usize, const N: usize>(
     let operator = Linears {
         has_bias: projections.iter().map(|(_, bias)| bias.is_some()).collect(),
     };
-    let n_rows = dims[..D - 1].iter().product();
-    let mut inputs = vec![x.reshape([n_rows, dims[D - 1]]).into_dispatch()];
+    let mut inputs = vec![rows_of(x)];
     let mut biases = Vec::new();
     for (weight, bias) in projections {
         inputs.push(weight.into_dispatch());

@@ -17,7 +17,7 @@
 
 #![allow(
     unsafe_code,
-    reason = "kernels read and write whole each_vector by pointers, and threads write disjoint rows of one result"
+    reason = "kernels read and write whole vectors by pointers, and threads write disjoint rows of one result"
 )]
 
 mod activation;
@@ -29,7 +29,10 @@ mod linear;
 mod norm;
 mod rotary;
 
-use burn::tensor::{Device, Tensor};
+use burn::{
+    backend::DispatchTensor,
+    tensor::{Device, Tensor},
+};
 use emberlm_kernels::{Real, each_vector, is_host, kernel, rows};
 
 pub use activation::{activate, activate_by, gate, gate_by};
@@ -64,6 +67,13 @@ impl Implementation {
             false => Self::Portable,
         }
     }
+}
+
+/// The rows along the last axis as one matrix, whatever the number of axes.
+fn rows_of<const D: usize>(x: Tensor<D>) -> DispatchTensor {
+    let dims = x.dims();
+    let n_rows = dims[..D - 1].iter().product();
+    x.reshape([n_rows, dims[D - 1]]).into_dispatch()
 }
 
 /// At most four axes, as operators take them, and back.

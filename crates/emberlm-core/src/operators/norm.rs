@@ -8,7 +8,7 @@ use emberlm_kernels::{
     run, run_one,
 };
 
-use super::{Implementation, add};
+use super::{Implementation, add, rows_of};
 
 /// What a norm is besides its input.
 #[derive(Debug, Clone)]
@@ -165,15 +165,7 @@ fn inputs<const D: usize, const N: usize>(
     rows: [Tensor<D>; N],
     parameters: &NormParameters,
 ) -> Vec<burn::backend::DispatchTensor> {
-    let mut inputs: Vec<_> = rows
-        .into_iter()
-        .map(|x| {
-            let dims = x.dims();
-            let width = dims[D - 1];
-            let n_rows = dims[..D - 1].iter().product();
-            x.reshape([n_rows, width]).into_dispatch()
-        })
-        .collect();
+    let mut inputs = Vec::from(rows.map(rows_of));
     inputs.push(parameters.scale.clone().into_dispatch());
     inputs.extend(parameters.shift.clone().map(Tensor::into_dispatch));
     inputs
