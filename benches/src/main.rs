@@ -212,11 +212,7 @@ fn batch(training: &TrainingConfig, vocab_size: usize, device: &Device) -> Token
             .collect();
         Tensor::from_data(TensorData::new(values, shape), device)
     };
-    TokenBatch {
-        inputs: tokens(1),
-        targets: tokens(2),
-        dropout_key: None,
-    }
+    TokenBatch::new(tokens(1), tokens(2))
 }
 
 /// The whole step of EmberLM's trainer: forward, backward, norm, clip, AdamW.

@@ -258,7 +258,11 @@ fn ten_steps_in_a_row_that_are_not_finite_save_and_stop() {
         .with_validate_every(50);
     setup.config.steps = 50;
     let mut model = setup.init();
-    model.tokens.weight = model.tokens.weight.map(|weight| leaf(weight * f32::NAN));
+    model.embedding.tokens.weight = model
+        .embedding
+        .tokens
+        .weight
+        .map(|weight| leaf(weight * f32::NAN));
     let [before, run] = ["before", "run"].map(|name| setup.place.path(name));
     fs::create_dir(&before).expect("free");
     fs::create_dir(&run).expect("free");
@@ -297,7 +301,7 @@ fn a_step_that_is_not_finite_is_skipped_and_counted() {
     let mut model = setup.init();
     let row = usize::from(b'#');
     let poison = |weight: Tensor<2>| leaf(weight.slice_fill(s![row..=row, ..], f32::NAN));
-    model.tokens.weight = model.tokens.weight.map(poison);
+    model.embedding.tokens.weight = model.embedding.tokens.weight.map(poison);
     let run = setup.place.path("run");
     fs::create_dir(&run).expect("free");
     let (trainer, ending) = setup.train(model, &run, Arc::new(Disk)).expect("no fault");

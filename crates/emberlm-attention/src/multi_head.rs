@@ -7,7 +7,7 @@ use burn::{
     tensor::{Device, Tensor},
 };
 use emberlm_core::{
-    Context, InvalidConfig, KvCache, Pattern, SequenceMixer, assert_valid,
+    Context, CrossMixer, InvalidConfig, KvCache, Pattern, SequenceMixer, assert_valid,
     operators::{project, project_all},
 };
 
@@ -95,7 +95,7 @@ impl MultiHeadAttentionConfig {
 /// Multi-head attention: `head_i = attention(x W_i^Q, s W_i^K, s W_i^V)`, the heads joined and projected.
 ///
 /// Vaswani et al. 2017, section 3.2.2, <https://arxiv.org/abs/1706.03762>. As a [`SequenceMixer`] the source `s` is
-/// `x` itself; [`forward_cross`](Self::forward_cross) takes another.
+/// `x` itself; as a [`CrossMixer`] it is another sequence.
 ///
 /// ```
 /// use burn::tensor::{Device, Tensor};
@@ -133,43 +133,6 @@ pub struct CrossCache {
 }
 
 impl MultiHeadAttention {
-    /// Attends from `x` to another sequence.
-    ///
-    /// # Shapes
-    ///
-    /// - `x`, output: `[batch_size, query_length, d_model]`
-    /// - `source`: `[batch_size, key_length, d_source]`
-    ///
-    /// # Panics
-    ///
-    /// If the lengths are not the context's, or the pattern does not fit them.
-    pub fn forward_cross(&self, x: Tensor<3>, source: Tensor<3>, context: &Context) -> Tensor<3> {
-        self.forward_cross_cached(x, &self.project_source(source), context)
-    }
-
-    /// Projects a source sequence once, for [`forward_cross_cached`](Self::forward_cross_cached).
-    ///
-    /// # Shapes
-    ///
-    /// - `source`: `[batch_size, key_length, d_source]`
-    pub fn project_source(&self, source: Tensor<3>) -> CrossCache {
-        let heads = project_all([&self.key, &self.value], source);
-        let [key, value] = heads.map(|x| split_heads(x, self.n_heads));
-        CrossCache { key, value }
-    }
-
-    /// Attends from `x` to a source that was projected before; equal to [`forward_cross`](Self::forward_cross), whose
-    /// shapes and panics it has.
-    pub fn forward_cross_cached(
-        &self,
-        x: Tensor<3>,
-        source: &CrossCache,
-        context: &Context,
-    ) -> Tensor<3> {
-        let query = split_heads(project(&self.query, x), self.n_heads);
-        self.attend([query, source.key.clone(), source.value.clone()], context)
-    }
-
     /// Query, key and value of one sequence.
     fn heads(&self, x: Tensor<3>) -> [Tensor<4>; 3] {
         project_all([&self.query, &self.key, &self.value], x).map(|x| split_heads(x, self.n_heads))
@@ -177,6 +140,24 @@ impl MultiHeadAttention {
 
     fn attend(&self, heads: [Tensor<4>; 3], context: &Context) -> Tensor<3> {
         self.scores.attend(heads, &self.output, context)
+    }
+}
+
+impl CrossMixer for MultiHeadAttention {
+    type Source = CrossCache;
+
+    fn project_source(&self, source: Tensor<3>) -> CrossCache {
+        let heads = project_all([&self.key, &self.value], source);
+        let [key, value] = heads.map(|x| split_heads(x, self.n_heads));
+        CrossCache { key, value }
+    }
+
+    /// # Panics
+    ///
+    /// If the lengths are not the context's, or the pattern does not fit them.
+    fn forward_cross(&self, x: Tensor<3>, source: &CrossCache, context: &Context) -> Tensor<3> {
+        let query = split_heads(project(&self.query, x), self.n_heads);
+        self.attend([query, source.key.clone(), source.value.clone()], context)
     }
 }
 

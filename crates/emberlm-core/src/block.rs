@@ -7,8 +7,8 @@ use burn::{
 };
 
 use crate::{
-    Context, FeedForward, InvalidConfig, Norm, NormConfig, RandomKey, SequenceMixer,
-    operators::add_dropped,
+    Context, CrossMixer, FeedForward, InvalidConfig, NoCross, Norm, NormConfig, RandomKey,
+    SequenceMixer, operators::add_dropped,
 };
 
 /// Where the norm stands.
@@ -58,11 +58,34 @@ impl ResidualBlockConfig {
         M: Module + SequenceMixer,
         F: Module + FeedForward,
     {
+        self.init_with_cross(mixer, None, feed_forward, device)
+    }
+
+    /// As [`init`](Self::init), with a cross mixer between the two, behind a norm and a shortcut of its own, if there is one.
+    ///
+    /// # Panics
+    ///
+    /// If the config is invalid.
+    pub fn init_with_cross<M, F, C>(
+        &self,
+        mixer: M,
+        cross: Option<C>,
+        feed_forward: F,
+        device: &Device,
+    ) -> ResidualBlock<M, F, C>
+    where
+        M: Module + SequenceMixer,
+        F: Module + FeedForward,
+        C: Module + CrossMixer,
+    {
         crate::assert_valid(self.validate());
+        let norm = || self.norm.init(self.d_model, device);
         ResidualBlock {
-            mixer_norm: self.norm.init(self.d_model, device),
+            mixer_norm: norm(),
             mixer,
-            feed_forward_norm: self.norm.init(self.d_model, device),
+            cross_norm: cross.as_ref().map(|_| norm()),
+            cross,
+            feed_forward_norm: norm(),
             feed_forward,
             placement: self.placement,
             dropout: self.dropout,
@@ -70,16 +93,22 @@ impl ResidualBlockConfig {
     }
 }
 
-/// A residual block over any mixer and any feed-forward layer.
+/// A residual block over any mixer and any feed-forward layer, and over a cross mixer between them if it is a decoder's
+/// that reads an encoder.
 ///
 /// Pre-norm: `h = x + mixer(norm(x))`, `y = h + feed_forward(norm(h))`. Post-norm: `h = norm(x + mixer(x))`,
-/// `y = norm(h + feed_forward(h))`. See Xiong et al. 2020, <https://arxiv.org/abs/2002.04745>.
+/// `y = norm(h + feed_forward(h))`. The cross mixer's part has the same form. See Xiong et al. 2020,
+/// <https://arxiv.org/abs/2002.04745>.
 #[derive(Module, Debug)]
-pub struct ResidualBlock<M: Module, F: Module> {
+pub struct ResidualBlock<M: Module, F: Module, C: Module = NoCross> {
     /// Norm of the mixer's half.
     pub mixer_norm: Norm,
     /// Mixes along the sequence.
     pub mixer: M,
+    /// Norm of the cross mixer's part.
+    pub cross_norm: Option<Norm>,
+    /// Mixes another sequence in.
+    pub cross: Option<C>,
     /// Norm of the feed-forward half.
     pub feed_forward_norm: Norm,
     /// Transforms each position.
@@ -94,13 +123,29 @@ const MIXER: u64 = 0;
 const MIXER_OUTPUT: u64 = 1;
 const FEED_FORWARD: u64 = 2;
 const FEED_FORWARD_OUTPUT: u64 = 3;
+const CROSS: u64 = 4;
+const CROSS_OUTPUT: u64 = 5;
 
-impl<M: Module + SequenceMixer, F: Module + FeedForward> ResidualBlock<M, F> {
+/// What a block's cross mixer reads, and the lengths and batch data of its pass. The random key is the block's.
+#[derive(Debug)]
+pub struct CrossInput<'a, S> {
+    /// The projected source.
+    pub source: &'a S,
+    /// Lengths of the target and of the source, padding of the source.
+    pub context: &'a Context,
+}
+
+impl<M, F, C> ResidualBlock<M, F, C>
+where
+    M: Module + SequenceMixer,
+    F: Module + FeedForward,
+    C: Module + CrossMixer,
+{
     /// # Shapes
     ///
     /// - `x`, output: `[batch_size, seq_length, d_model]`
     pub fn forward(&self, x: Tensor<3>, context: &Context) -> Tensor<3> {
-        self.forward_stream(ResidualStream::new(x), context)
+        self.forward_stream(ResidualStream::new(x), context, None)
             .into_sum()
     }
 
@@ -111,43 +156,88 @@ impl<M: Module + SequenceMixer, F: Module + FeedForward> ResidualBlock<M, F> {
         context: &Context,
         cache: &mut M::Cache,
     ) -> Tensor<3> {
-        self.forward_stream_cached(ResidualStream::new(x), context, cache)
+        self.forward_stream_cached(ResidualStream::new(x), context, None, cache)
             .into_sum()
     }
 
     /// As [`forward`](Self::forward), for a stack: the last addition is left to the norm that follows.
-    pub fn forward_stream(&self, stream: ResidualStream, context: &Context) -> ResidualStream {
-        self.both_halves(stream, context, |x, context| self.mixer.forward(x, context))
+    ///
+    /// # Panics
+    ///
+    /// If there is a cross mixer and nothing for it, or the other way round.
+    pub fn forward_stream(
+        &self,
+        stream: ResidualStream,
+        context: &Context,
+        cross: Option<CrossInput<'_, C::Source>>,
+    ) -> ResidualStream {
+        let mix = |x, context: &Context| self.mixer.forward(x, context);
+        self.all_parts(stream, context, cross, mix)
     }
 
     /// As [`forward_cached`](Self::forward_cached), for a stack.
+    ///
+    /// # Panics
+    ///
+    /// As [`forward_stream`](Self::forward_stream).
     pub fn forward_stream_cached(
         &self,
         stream: ResidualStream,
         context: &Context,
+        cross: Option<CrossInput<'_, C::Source>>,
         cache: &mut M::Cache,
     ) -> ResidualStream {
-        self.both_halves(stream, context, |x, context| {
-            self.mixer.forward_cached(x, context, cache)
-        })
+        let mix = |x, context: &Context| self.mixer.forward_cached(x, context, cache);
+        self.all_parts(stream, context, cross, mix)
     }
 
-    fn both_halves(
+    fn all_parts(
         &self,
         stream: ResidualStream,
         context: &Context,
+        cross: Option<CrossInput<'_, C::Source>>,
         mix: impl FnOnce(Tensor<3>, &Context) -> Tensor<3>,
     ) -> ResidualStream {
-        let stream = self.half(stream, &self.mixer_norm, &context.fold(MIXER_OUTPUT), |x| {
+        let stream = self.part(stream, &self.mixer_norm, &context.fold(MIXER_OUTPUT), |x| {
             mix(x, &context.fold(MIXER))
         });
+        let stream = self.cross_part(stream, context, cross);
         let context_out = context.fold(FEED_FORWARD_OUTPUT);
-        self.half(stream, &self.feed_forward_norm, &context_out, |x| {
+        self.part(stream, &self.feed_forward_norm, &context_out, |x| {
             self.feed_forward.forward(x, &context.fold(FEED_FORWARD))
         })
     }
 
-    fn half(
+    fn cross_part(
+        &self,
+        stream: ResidualStream,
+        context: &Context,
+        input: Option<CrossInput<'_, C::Source>>,
+    ) -> ResidualStream {
+        match (&self.cross, &self.cross_norm, input) {
+            (
+                Some(cross),
+                Some(norm),
+                Some(CrossInput {
+                    source,
+                    context: own,
+                }),
+            ) => {
+                let key = context.fold(CROSS).dropout_key;
+                let own = own.clone().with_dropout_key(key);
+                self.part(stream, norm, &context.fold(CROSS_OUTPUT), |x| {
+                    cross.forward_cross(x, source, &own)
+                })
+            }
+            (None, None, None) => stream,
+            (Some(_), ..) => {
+                panic!("source: the block has a cross mixer, and nothing is given for it to read")
+            }
+            _ => panic!("source: the block has no cross mixer that could read it"),
+        }
+    }
+
+    fn part(
         &self,
         stream: ResidualStream,
         norm: &Norm,

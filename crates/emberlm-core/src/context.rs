@@ -47,7 +47,8 @@ impl Context {
         }
     }
 
-    /// Adds what the rows of a batch of this size bring.
+    /// Adds what the rows of a batch of this size bring. Where there are documents, a query sees keys of its own alone,
+    /// whatever the pattern says.
     pub fn with_data(mut self, batch_size: usize, data: BatchData) -> Self {
         self.lengths = self.lengths.with_batch_size(batch_size);
         self.data = Arc::new(data);
@@ -92,7 +93,10 @@ impl Context {
         if let Some(known) = known {
             return Ok(known.schedule.clone());
         }
-        let there = pattern.within(lengths.key_length.max(lengths.query_end()));
+        let mut there = pattern.within(lengths.key_length.max(lengths.query_end()));
+        if self.data.has_documents() {
+            there = there & Pattern::documents();
+        }
         let schedule = Schedule::compile(&there, &lengths, &BlockSizes::default(), &self.data)?;
         let schedule = Arc::new(schedule);
         schedules.push(Compiled {
@@ -141,6 +145,14 @@ mod tests {
             .unwrap();
         assert_eq!(plain.statistics().n_visible, 9);
         assert_eq!(padded.statistics().n_visible, 9 + 6);
+    }
+
+    #[test]
+    fn documents_of_the_batch_keep_apart() {
+        let data = BatchData::new().with_documents(vec![vec![0, 0, 1]]);
+        let context = Context::new(Lengths::square(3)).with_data(1, data);
+        let schedule = context.schedule(&Pattern::causal(), 1).unwrap();
+        assert_eq!(schedule.statistics().n_visible, 1 + 2 + 1);
     }
 
     #[test]

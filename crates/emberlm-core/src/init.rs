@@ -1,4 +1,4 @@
-//! Initialisation as in GPT-2, the same on every backend.
+//! Initialisation of whole models, the same on every backend.
 
 use burn::{
     module::{Module, ModuleMapper, Param},
@@ -38,19 +38,84 @@ impl Gpt2Init {
 
     /// Initialises all parameters of a module.
     pub fn apply<M: Module>(&self, module: M) -> M {
-        module.map(&mut Mapper {
-            init: self,
-            path: Vec::new(),
+        let in_residual = self.std / (2.0 * self.n_layers as f64).sqrt();
+        initialise(module, &self.key, |path, _| {
+            let module = path.iter().rev().nth(1).map(String::as_str);
+            let std = match module {
+                Some("output" | "down") => in_residual,
+                _ => self.std,
+            };
+            Box::new(move |key, i| key.normal(i) * std)
         })
     }
 }
 
-struct Mapper<'a> {
-    init: &'a Gpt2Init,
+/// Draws every weight of a linear layer from the uniform distribution on `[-a, a]`, `a = sqrt(6 / (d_input + d_output))`,
+/// and those of embeddings from N(0, 1/sqrt(width)); sets every bias to zero and leaves the scales of norms at one.
+///
+/// Glorot and Bengio 2010, <https://proceedings.mlr.press/v9/glorot10a.html>, equation 16, and tensor2tensor's
+/// Transformer: there the embeddings, which are multiplied by `sqrt(width)` when they are looked up, have unit variance.
+/// The tables of embeddings are the weights below modules named `tokens`, `positions` and `types`.
+///
+/// Each parameter's values are a function of the seed and of its path alone.
+#[derive(Debug, Clone)]
+pub struct XavierInit {
+    /// Where the random numbers come from.
+    pub key: RandomKey,
+}
+
+impl XavierInit {
+    /// From a seed.
+    pub fn new(seed: u64) -> Self {
+        Self {
+            key: RandomKey::new(seed),
+        }
+    }
+
+    /// Initialises all parameters of a module.
+    pub fn apply<M: Module>(&self, module: M) -> M {
+        initialise(module, &self.key, |path, shape| {
+            if path
+                .iter()
+                .rev()
+                .nth(1)
+                .is_some_and(|module| TABLES.contains(&module.as_str()))
+            {
+                let std = (shape[1] as f64).powf(-0.5);
+                Box::new(move |key, i| key.normal(i) * std)
+            } else {
+                let bound = (6.0 / (shape[0] + shape[1]) as f64).sqrt();
+                Box::new(move |key, i| (key.uniform(i) * 2.0 - 1.0) * bound)
+            }
+        })
+    }
+}
+
+const TABLES: [&str; 3] = ["tokens", "positions", "types"];
+
+/// The `i`-th number of a weight.
+type Draw = Box<dyn Fn(&RandomKey, u64) -> f64>;
+
+/// Draws the weights as `draw` says of their paths and shapes, sets biases to zero and leaves all else.
+fn initialise<M: Module>(
+    module: M,
+    key: &RandomKey,
+    draw: impl Fn(&[String], &[usize]) -> Draw,
+) -> M {
+    module.map(&mut Mapper {
+        key,
+        draw,
+        path: Vec::new(),
+    })
+}
+
+struct Mapper<'a, D> {
+    key: &'a RandomKey,
+    draw: D,
     path: Vec<String>,
 }
 
-impl ModuleMapper for Mapper<'_> {
+impl<D: Fn(&[String], &[usize]) -> Draw> ModuleMapper for Mapper<'_, D> {
     fn enter_module(&mut self, name: &str, _container_type: &str) {
         self.path.push(name.to_owned());
     }
@@ -59,25 +124,15 @@ impl ModuleMapper for Mapper<'_> {
         self.path.pop();
     }
 
-    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+    fn map_float<const N: usize>(&mut self, param: Param<Tensor<N>>) -> Param<Tensor<N>> {
         let shape = param.lazy_shape();
         let n_elements = shape.num_elements();
         let data = match self.path.last().map(String::as_str) {
             Some("weight") => {
-                let in_residual = self
-                    .path
-                    .iter()
-                    .rev()
-                    .nth(1)
-                    .is_some_and(|module| module == "output" || module == "down");
-                let std = if in_residual {
-                    self.init.std / (2.0 * self.init.n_layers as f64).sqrt()
-                } else {
-                    self.init.std
-                };
-                let key = self.init.key.fold_str(&self.path.join("."));
+                let draw = (self.draw)(&self.path, &shape.dims::<N>());
+                let key = self.key.fold_str(&self.path.join("."));
                 let values: Vec<f32> = (0..n_elements as u64)
-                    .map(|i| (key.normal(i) * std) as f32)
+                    .map(|i| draw(&key, i) as f32)
                     .collect();
                 TensorData::new(values, shape)
             }
@@ -126,5 +181,18 @@ mod tests {
                 .iter::<f32>()
                 .collect();
         assert!(bias.iter().all(|b| *b == 0.0));
+    }
+
+    #[test]
+    fn xavier_is_uniform_up_to_its_bound() {
+        let layer = FeedForwardConfig::new(64, 128).init(&Device::flex());
+        let layer = XavierInit::new(1).apply(layer);
+        let bound = (6.0f32 / (64.0 + 128.0)).sqrt();
+        let values: Vec<f32> = layer.up.weight.to_data().iter::<f32>().collect();
+        let largest = values.iter().fold(0f32, |largest, x| largest.max(x.abs()));
+        assert!(largest <= bound && largest > 0.99 * bound);
+        // A uniform distribution's variance is a third of its bound's square; 8,192 draws, three standard errors.
+        let variance = values.iter().map(|x| x * x).sum::<f32>() / values.len() as f32;
+        assert!((variance / (bound * bound / 3.0) - 1.0).abs() < 0.03);
     }
 }

@@ -6,6 +6,7 @@
 //! function of a key and a counter, so that a run can be continued exactly.
 
 mod activation;
+mod batch;
 mod block;
 mod cache;
 mod context;
@@ -28,7 +29,8 @@ mod schedule;
 mod text_stream;
 
 pub use activation::Activation;
-pub use block::{NormPlacement, ResidualBlock, ResidualBlockConfig, ResidualStream};
+pub use batch::{IGNORED_TARGET, Source, TokenBatch};
+pub use block::{CrossInput, NormPlacement, ResidualBlock, ResidualBlockConfig, ResidualStream};
 pub use cache::KvCache;
 pub use context::Context;
 pub use dropout::dropout;
@@ -36,10 +38,10 @@ pub use error::{InvalidConfig, assert_valid};
 pub use feed_forward::{FeedForwardConfig, GatedMlp, Mlp};
 pub use file::{replace_file, sync_folder_of};
 pub use generation::{GenerationError, Generator};
-pub use init::Gpt2Init;
+pub use init::{Gpt2Init, XavierInit};
 pub use loss::{CrossEntropy, CrossEntropyConfig};
-pub use mixer::{FeedForward, SequenceMixer};
-pub use model::{CachedModel, CausalModel};
+pub use mixer::{CrossMixer, FeedForward, NoCross, SequenceMixer};
+pub use model::{CachedModel, CausalModel, LossModel};
 pub use norm::{LayerNorm, Norm, NormConfig, RmsNorm};
 pub use pattern::{
     At, BatchData, Blockwise, Dilated, Fixed, Global, Lengths, ParsePatternError, Pattern,

@@ -1,6 +1,6 @@
 //! What a residual block holds: a mixer along the sequence and a feed-forward layer.
 
-use burn::tensor::Tensor;
+use burn::{module::Module, tensor::Tensor};
 
 use crate::Context;
 
@@ -24,6 +24,38 @@ pub trait SequenceMixer {
 
     /// An empty cache for `capacity` positions.
     fn new_cache(&self, capacity: usize) -> Self::Cache;
+}
+
+/// Mixes information of another sequence in: cross-attention.
+pub trait CrossMixer {
+    /// What is made of the other sequence once, for all steps of decoding.
+    type Source;
+
+    /// # Shapes
+    ///
+    /// - `source`: `[batch_size, source_length, d_source]`
+    fn project_source(&self, source: Tensor<3>) -> Self::Source;
+
+    /// # Shapes
+    ///
+    /// - `x`, output: `[batch_size, seq_length, d_model]`
+    ///
+    /// The context's lengths are those of `x` and of the source, its batch data the source's.
+    fn forward_cross(&self, x: Tensor<3>, source: &Self::Source, context: &Context) -> Tensor<3>;
+}
+
+/// The cross mixer of blocks that have none.
+#[derive(Module, Debug)]
+pub struct NoCross {}
+
+impl CrossMixer for NoCross {
+    type Source = ();
+
+    fn project_source(&self, _source: Tensor<3>) {}
+
+    fn forward_cross(&self, x: Tensor<3>, _source: &(), _context: &Context) -> Tensor<3> {
+        x
+    }
 }
 
 /// Transforms each position by itself.

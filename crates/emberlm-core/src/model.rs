@@ -2,7 +2,7 @@
 
 use burn::tensor::{Int, Tensor};
 
-use crate::{CrossEntropy, CrossEntropyConfig, RandomKey};
+use crate::{CrossEntropy, CrossEntropyConfig, RandomKey, TokenBatch};
 
 /// A model that scores the next token at every position of a sequence.
 pub trait CausalModel {
@@ -15,30 +15,20 @@ pub trait CausalModel {
     ///
     /// Dropout is on if and only if `dropout_key` is given.
     fn forward(&self, tokens: Tensor<2, Int>, dropout_key: Option<RandomKey>) -> Tensor<3>;
+}
 
-    /// The loss of the scores against the tokens that follow.
+/// A model with a loss for the batches of its objective: what a trainer trains.
+pub trait LossModel {
+    /// The loss of the model's scores against the batch's targets, of which [`IGNORED_TARGET`](crate::IGNORED_TARGET) and
+    /// what else `config` ignores do not count.
     ///
-    /// By default it is that of [`forward`](Self::forward). A model that ends in a projection overrides it, so that the
-    /// scores need not be held whole: see [`projected_cross_entropy`](crate::operators::projected_cross_entropy).
+    /// A model that ends in a projection need not hold the scores whole: see
+    /// [`projected_cross_entropy`](crate::operators::projected_cross_entropy).
     ///
-    /// # Shapes
+    /// # Panics
     ///
-    /// - `tokens`, `targets`: `[batch_size, seq_length]`
-    fn loss(
-        &self,
-        tokens: Tensor<2, Int>,
-        targets: Tensor<2, Int>,
-        config: &CrossEntropyConfig,
-        dropout_key: Option<RandomKey>,
-    ) -> CrossEntropy {
-        let logits = self.forward(tokens, dropout_key);
-        let [batch_size, seq_length, vocab_size] = logits.dims();
-        let n_tokens = batch_size * seq_length;
-        config.forward(
-            logits.reshape([n_tokens, vocab_size]),
-            targets.reshape([n_tokens]),
-        )
-    }
+    /// If the batch brings what the model cannot read, such as a source for a model without an encoder.
+    fn loss(&self, batch: TokenBatch, config: &CrossEntropyConfig) -> CrossEntropy;
 }
 
 /// A [`CausalModel`] that decodes step by step.

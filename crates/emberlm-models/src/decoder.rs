@@ -3,50 +3,20 @@
 use burn::{
     config::Config,
     module::Module,
-    nn::{Embedding, EmbeddingConfig, Initializer, Linear, LinearConfig},
+    nn::{Linear, LinearConfig},
     tensor::{Device, Int, Tensor},
-};
-use emberlm_attention::{
-    GroupedQueryAttention, GroupedQueryAttentionConfig, MultiHeadAttention,
-    MultiHeadAttentionConfig,
 };
 use emberlm_core::{
     Activation, BatchData, CachedModel, CausalModel, Context, CrossEntropy, CrossEntropyConfig,
-    FeedForward, FeedForwardConfig, GatedMlp, Gpt2Init, InvalidConfig, KvCache, LearnedPositions,
-    LearnedPositionsConfig, Lengths, Mlp, Norm, NormConfig, NormPlacement, Pattern, PatternError,
-    RandomKey, ResidualBlock, ResidualBlockConfig, ResidualStream, RotaryConfig, RotaryLayout,
-    SequenceMixer, assert_valid, dropout,
-    operators::{Projection, embed, projected_cross_entropy},
-    sinusoidal_positions,
+    Gpt2Init, InvalidConfig, Lengths, LossModel, NormConfig, NormPlacement, Pattern, PatternError,
+    RandomKey, TokenBatch, assert_valid,
+    operators::{Projection, projected_cross_entropy},
 };
 
-/// How the model knows where a token stands.
-#[derive(Config, Debug, PartialEq)]
-pub enum PositionsConfig {
-    /// A learned vector a position, up to `max_seq_length` of them.
-    Learned {
-        /// Number of positions.
-        max_seq_length: usize,
-    },
-    /// Fixed sinusoids; the embedding is multiplied by `sqrt(d_model)` first, as in the paper.
-    Sinusoidal,
-    /// Queries and keys are rotated.
-    Rotary {
-        /// Base of the wavelengths.
-        theta: f64,
-        /// Which components form a pair.
-        layout: RotaryLayout,
-    },
-}
-
-/// The kind of feed-forward layer.
-#[derive(Config, Debug, Copy, PartialEq, Eq)]
-pub enum FeedForwardKind {
-    /// `down(f(up(x)))`
-    Plain,
-    /// `down(f(gate(x)) * up(x))`
-    Gated,
-}
+use crate::{
+    FeedForwardKind, PositionsConfig, Stack, StackCache, StackConfig, TokenEmbedding,
+    TokenEmbeddingConfig,
+};
 
 /// Configuration of a [`Decoder`]. The defaults are GPT-2's, without biases.
 #[derive(Config, Debug)]
@@ -118,20 +88,10 @@ impl DecoderConfig {
             ("n_heads", self.n_heads),
             ("d_ff", self.feed_forward_width()),
         ])?;
-        let longest = self.max_seq_length().unwrap_or(1);
-        InvalidConfig::require_positive(&[("positions.max_seq_length", longest)])?;
         self.check_size()?;
-        if matches!(self.positions, PositionsConfig::Sinusoidal) && !self.d_model.is_multiple_of(2)
-        {
-            return Err(InvalidConfig::OddWidth {
-                field: "d_model",
-                value: self.d_model,
-            });
-        }
+        self.embedding().validate()?;
         self.check_pattern()?;
-        self.grouped_query().validate()?;
-        self.mlp().validate()?;
-        self.block().validate()
+        self.stack().validate()
     }
 
     /// Makes the model, initialised as GPT-2 from `seed`: the same values on every backend.
@@ -141,37 +101,14 @@ impl DecoderConfig {
     /// If the config is invalid.
     pub fn init(&self, device: &Device) -> Decoder {
         assert_valid(self.validate());
-        let blocks = (0..self.n_layers)
-            .map(|_| {
-                self.block()
-                    .init(self.mixer(device), self.feed_forward_layer(device), device)
-            })
-            .collect();
-        let positions = match self.positions {
-            PositionsConfig::Learned { max_seq_length } => {
-                Some(LearnedPositionsConfig::new(max_seq_length, self.d_model).init(device))
-            }
-            PositionsConfig::Sinusoidal | PositionsConfig::Rotary { .. } => None,
-        };
-        let initializer = Initializer::Normal {
-            mean: 0.0,
-            std: 0.02,
-        };
         let decoder = Decoder {
-            tokens: EmbeddingConfig::new(self.vocab_size, self.d_model)
-                .with_initializer(initializer)
-                .init(device),
-            positions,
-            blocks,
-            norm: (self.norm_placement == NormPlacement::Pre)
-                .then(|| self.norm.init(self.d_model, device)),
+            embedding: self.embedding().init(device),
+            stack: self.stack().init(device),
             head: (!self.tied_embedding).then(|| {
                 LinearConfig::new(self.d_model, self.vocab_size)
                     .with_bias(false)
                     .init(device)
             }),
-            sinusoidal: matches!(self.positions, PositionsConfig::Sinusoidal),
-            dropout: self.dropout,
         };
         Gpt2Init::new(self.n_layers, self.seed).apply(decoder)
     }
@@ -223,123 +160,31 @@ impl DecoderConfig {
 
     /// Longest sequence that has positions; nothing where positions know no limit.
     pub fn max_seq_length(&self) -> Option<usize> {
-        match self.positions {
-            PositionsConfig::Learned { max_seq_length } => Some(max_seq_length),
-            PositionsConfig::Sinusoidal | PositionsConfig::Rotary { .. } => None,
-        }
+        self.positions.max_seq_length()
     }
 
-    fn block(&self) -> ResidualBlockConfig {
-        ResidualBlockConfig::new(self.d_model)
-            .with_norm(self.norm.clone())
-            .with_placement(self.norm_placement)
+    fn embedding(&self) -> TokenEmbeddingConfig {
+        TokenEmbeddingConfig::new(self.vocab_size, self.d_model, self.positions.clone())
             .with_dropout(self.dropout)
     }
 
-    fn mlp(&self) -> FeedForwardConfig {
-        FeedForwardConfig::new(self.d_model, self.feed_forward_width())
+    fn stack(&self) -> StackConfig {
+        let d_head = self.d_model / self.n_heads.max(1);
+        let pattern = match &self.pattern {
+            None => Pattern::causal(),
+            Some(pattern) => Pattern::causal() & pattern.clone(),
+        };
+        StackConfig::new(self.n_layers, self.d_model, self.n_heads)
+            .with_n_kv_heads(self.n_kv_heads)
+            .with_d_ff(self.d_ff)
+            .with_rotary(self.positions.rotary(d_head))
+            .with_norm(self.norm.clone())
+            .with_norm_placement(self.norm_placement)
+            .with_feed_forward(self.feed_forward)
             .with_activation(self.activation)
             .with_bias(self.bias)
             .with_dropout(self.dropout)
-    }
-
-    fn feed_forward_layer(&self, device: &Device) -> FeedForwardLayer {
-        match self.feed_forward {
-            FeedForwardKind::Plain => FeedForwardLayer::Plain(self.mlp().init(device)),
-            FeedForwardKind::Gated => FeedForwardLayer::Gated(self.mlp().init_gated(device)),
-        }
-    }
-
-    fn grouped_query(&self) -> GroupedQueryAttentionConfig {
-        let rotary = match self.positions {
-            PositionsConfig::Rotary { theta, layout } => Some(
-                RotaryConfig::new(self.d_model / self.n_heads)
-                    .with_theta(theta)
-                    .with_layout(layout),
-            ),
-            PositionsConfig::Learned { .. } | PositionsConfig::Sinusoidal => None,
-        };
-        GroupedQueryAttentionConfig::new(self.d_model, self.n_heads)
-            .with_n_kv_heads(self.n_kv_heads)
-            .with_rotary(rotary)
-            .with_bias(self.bias)
-            .with_dropout(self.dropout)
-            .with_pattern(self.causal_pattern())
-    }
-
-    fn causal_pattern(&self) -> Pattern {
-        match &self.pattern {
-            None => Pattern::causal(),
-            Some(pattern) => Pattern::causal() & pattern.clone(),
-        }
-    }
-
-    /// Grouped-query attention where something needs it, else multi-head attention.
-    fn mixer(&self, device: &Device) -> Mixer {
-        let grouped_query = self.grouped_query();
-        if grouped_query.rotary.is_some() || grouped_query.kv_heads() != self.n_heads {
-            Mixer::GroupedQuery(grouped_query.init(device))
-        } else {
-            Mixer::MultiHead(
-                MultiHeadAttentionConfig::new(self.d_model, self.n_heads)
-                    .with_bias(self.bias)
-                    .with_dropout(self.dropout)
-                    .with_pattern(self.causal_pattern())
-                    .init(device),
-            )
-        }
-    }
-}
-
-/// The mixer of a block.
-#[derive(Module, Debug)]
-pub enum Mixer {
-    /// Multi-head attention.
-    MultiHead(MultiHeadAttention),
-    /// Grouped-query attention.
-    GroupedQuery(GroupedQueryAttention),
-}
-
-impl SequenceMixer for Mixer {
-    type Cache = KvCache;
-
-    fn forward(&self, x: Tensor<3>, context: &Context) -> Tensor<3> {
-        match self {
-            Self::MultiHead(attention) => attention.forward(x, context),
-            Self::GroupedQuery(attention) => attention.forward(x, context),
-        }
-    }
-
-    fn forward_cached(&self, x: Tensor<3>, context: &Context, cache: &mut KvCache) -> Tensor<3> {
-        match self {
-            Self::MultiHead(attention) => attention.forward_cached(x, context, cache),
-            Self::GroupedQuery(attention) => attention.forward_cached(x, context, cache),
-        }
-    }
-
-    fn new_cache(&self, capacity: usize) -> KvCache {
-        match self {
-            Self::MultiHead(attention) => attention.new_cache(capacity),
-            Self::GroupedQuery(attention) => attention.new_cache(capacity),
-        }
-    }
-}
-
-/// The feed-forward layer of a block.
-#[derive(Module, Debug)]
-pub enum FeedForwardLayer {
-    /// `down(f(up(x)))`
-    Plain(Mlp),
-    /// `down(f(gate(x)) * up(x))`
-    Gated(GatedMlp),
-}
-
-impl FeedForward for FeedForwardLayer {
-    fn forward(&self, x: Tensor<3>, context: &Context) -> Tensor<3> {
-        match self {
-            Self::Plain(layer) => layer.forward(x, context),
-            Self::Gated(layer) => layer.forward(x, context),
-        }
+            .with_pattern(pattern)
     }
 }
 
@@ -360,46 +205,17 @@ impl FeedForward for FeedForwardLayer {
 /// ```
 #[derive(Module, Debug)]
 pub struct Decoder {
-    /// `[vocab_size, d_model]`
-    pub tokens: Embedding,
-    /// Learned positions, where the config has them.
-    pub positions: Option<LearnedPositions>,
-    /// The stack.
-    pub blocks: Vec<ResidualBlock<Mixer, FeedForwardLayer>>,
-    /// The last norm of a pre-norm stack.
-    pub norm: Option<Norm>,
+    /// Token vectors and positions.
+    pub embedding: TokenEmbedding,
+    /// The blocks, causal.
+    pub stack: Stack,
     /// `[d_model, vocab_size]`, where the embedding is not tied.
     pub head: Option<Linear>,
-    sinusoidal: bool,
-    dropout: f64,
 }
 
-/// Keys and values of all blocks.
-#[derive(Clone, Debug)]
-pub struct DecoderCache {
-    layers: Vec<KvCache>,
-}
-
-impl DecoderCache {
-    /// Number of positions held.
-    pub fn len(&self) -> usize {
-        self.layers.first().map_or(0, KvCache::len)
-    }
-
-    /// Whether nothing is held yet.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// Forgets all but the first `len` positions.
-    pub fn truncate(&mut self, len: usize) {
-        self.layers.iter_mut().for_each(|layer| layer.truncate(len));
-    }
-}
-
-// Parts of the model's random key: the embedding, then the blocks from here on.
+// Parts of the model's random key.
 const EMBEDDING: u64 = 0;
-const FIRST_BLOCK: u64 = 1;
+const STACK: u64 = 1;
 
 impl Decoder {
     /// The hidden states after the last norm, which the output projection turns into scores.
@@ -409,21 +225,23 @@ impl Decoder {
     /// - `tokens`: `[batch_size, seq_length]`
     /// - output: `[batch_size, seq_length, d_model]`
     ///
+    /// Padding and documents of the rows come in `data`; a row's documents do not see each other.
+    ///
     /// # Panics
     ///
     /// If the sequence is longer than the learned positions.
     pub fn hidden_states(
         &self,
         tokens: Tensor<2, Int>,
+        data: BatchData,
         dropout_key: Option<RandomKey>,
     ) -> Tensor<3> {
-        let [_, seq_length] = tokens.dims();
-        let context = Context::new(Lengths::square(seq_length)).with_dropout_key(dropout_key);
-        let mut stream = ResidualStream::new(self.embed(tokens, &context));
-        for (i, block) in (FIRST_BLOCK..).zip(&self.blocks) {
-            stream = block.forward_stream(stream, &context.fold(i));
-        }
-        self.last_norm(stream)
+        let [batch_size, seq_length] = tokens.dims();
+        let context = Context::new(Lengths::square(seq_length))
+            .with_data(batch_size, data)
+            .with_dropout_key(dropout_key);
+        let x = (self.embedding).forward(tokens, None, &context.fold(EMBEDDING));
+        self.stack.forward(x, &context.fold(STACK), None)
     }
 
     /// Scores of the next token from hidden states.
@@ -439,85 +257,64 @@ impl Decoder {
     fn projection(&self) -> Projection {
         match &self.head {
             Some(head) => Projection::Columns(head.weight.val()),
-            None => Projection::Rows(self.tokens.weight.val()),
-        }
-    }
-
-    fn embed(&self, tokens: Tensor<2, Int>, context: &Context) -> Tensor<3> {
-        let [_, seq_length] = tokens.dims();
-        let first_position = context.lengths.first_position;
-        let positions = self.positions.as_ref();
-        let positions = positions.map(|positions| (positions.weight.val(), first_position));
-        let x = embed(self.tokens.weight.val(), tokens, positions);
-        let x = if self.sinusoidal {
-            let [_, _, d_model] = x.dims();
-            let (dtype, device) = (x.dtype(), x.device());
-            let table = sinusoidal_positions(first_position, seq_length, d_model, dtype, &device);
-            x * (d_model as f64).sqrt() + table
-        } else {
-            x
-        };
-        dropout(x, self.dropout, context.fold(EMBEDDING).dropout_key)
-    }
-
-    fn last_norm(&self, stream: ResidualStream) -> Tensor<3> {
-        match &self.norm {
-            Some(norm) => stream.norm(norm).1,
-            None => stream.into_sum(),
+            None => self.embedding.projection(),
         }
     }
 }
 
 impl CausalModel for Decoder {
     fn forward(&self, tokens: Tensor<2, Int>, dropout_key: Option<RandomKey>) -> Tensor<3> {
-        self.project(self.hidden_states(tokens, dropout_key))
-    }
-
-    fn loss(
-        &self,
-        tokens: Tensor<2, Int>,
-        targets: Tensor<2, Int>,
-        config: &CrossEntropyConfig,
-        dropout_key: Option<RandomKey>,
-    ) -> CrossEntropy {
-        let hidden = self.hidden_states(tokens, dropout_key);
-        let [batch_size, seq_length, d_model] = hidden.dims();
-        let n_tokens = batch_size * seq_length;
-        let hidden = hidden.reshape([n_tokens, d_model]);
-        let targets = targets.reshape([n_tokens]);
-        projected_cross_entropy(config, hidden, &self.projection(), targets, None)
+        self.project(self.hidden_states(tokens, BatchData::new(), dropout_key))
     }
 }
 
+impl LossModel for Decoder {
+    /// # Panics
+    ///
+    /// If the batch has a source: there is no encoder.
+    fn loss(&self, batch: TokenBatch, config: &CrossEntropyConfig) -> CrossEntropy {
+        assert!(
+            batch.source.is_none(),
+            "source: a decoder-only model has no encoder to read it"
+        );
+        let hidden = self.hidden_states(batch.inputs, batch.data, batch.dropout_key);
+        projected_loss(hidden, &self.projection(), batch.targets, config)
+    }
+}
+
+/// The loss of hidden states `[batch_size, seq_length, d_model]` against targets `[batch_size, seq_length]`.
+pub(crate) fn projected_loss(
+    hidden: Tensor<3>,
+    projection: &Projection,
+    targets: Tensor<2, Int>,
+    config: &CrossEntropyConfig,
+) -> CrossEntropy {
+    let [batch_size, seq_length, d_model] = hidden.dims();
+    let n_tokens = batch_size * seq_length;
+    let hidden = hidden.reshape([n_tokens, d_model]);
+    projected_cross_entropy(
+        config,
+        hidden,
+        projection,
+        targets.reshape([n_tokens]),
+        None,
+    )
+}
+
 impl CachedModel for Decoder {
-    type Cache = DecoderCache;
+    type Cache = StackCache;
 
     fn max_seq_length(&self) -> Option<usize> {
-        self.positions
-            .as_ref()
-            .map(|positions| positions.weight.lazy_shape()[0])
+        self.embedding.max_seq_length()
     }
 
-    fn new_cache(&self, capacity: usize) -> DecoderCache {
-        DecoderCache {
-            layers: self
-                .blocks
-                .iter()
-                .map(|block| block.mixer.new_cache(capacity))
-                .collect(),
-        }
+    fn new_cache(&self, capacity: usize) -> StackCache {
+        self.stack.new_cache(capacity, None)
     }
 
-    fn forward_cached(&self, tokens: Tensor<2, Int>, cache: &mut DecoderCache) -> Tensor<3> {
-        let [_, seq_length] = tokens.dims();
-        let first_position = cache.len();
-        let lengths = Lengths::new(seq_length, first_position + seq_length)
-            .with_first_position(first_position);
-        let context = Context::new(lengths);
-        let mut stream = ResidualStream::new(self.embed(tokens, &context));
-        for (block, cache) in self.blocks.iter().zip(&mut cache.layers) {
-            stream = block.forward_stream_cached(stream, &context, cache);
-        }
-        self.project(self.last_norm(stream))
+    fn forward_cached(&self, tokens: Tensor<2, Int>, cache: &mut StackCache) -> Tensor<3> {
+        let context = cache.context(tokens.dims()[1]);
+        let x = self.embedding.forward(tokens, None, &context);
+        self.project(self.stack.forward_cached(x, &context, cache))
     }
 }

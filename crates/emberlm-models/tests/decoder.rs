@@ -222,7 +222,7 @@ fn names_in_the_file_are_those_of_the_modules() {
         names,
         expected.keys().map(String::as_str).collect::<Vec<_>>()
     );
-    assert!(names.contains(&"blocks.1.mixer.query.weight"));
+    assert!(names.contains(&"stack.blocks.1.mixer.query.weight"));
 }
 
 #[test]

@@ -1,27 +1,16 @@
-//! A causal language model as burn-train sees it: batches in, losses and gradients out.
+//! A language model as burn-train sees it: batches in, losses and gradients out.
 
 use burn::{
     module::{Module, ModuleDisplay},
-    tensor::{DType, ExecutionError, Int, Tensor},
+    tensor::{DType, ExecutionError, Tensor},
     train::{InferenceStep, ItemLazy, TrainOutput, TrainStep},
 };
-use emberlm_core::{CausalModel, CrossEntropy, CrossEntropyConfig, RandomKey};
+use emberlm_core::{CrossEntropy, CrossEntropyConfig, IGNORED_TARGET, LossModel, TokenBatch};
 
-/// What the trainer can train: a Burn module that scores the next token.
-pub trait Trainable: Module + ModuleDisplay + CausalModel + 'static {}
+/// What the trainer can train: a Burn module with a loss.
+pub trait Trainable: Module + ModuleDisplay + LossModel + 'static {}
 
-impl<M: Module + ModuleDisplay + CausalModel + 'static> Trainable for M {}
-
-/// Sequences and what comes after each of their tokens.
-#[derive(Debug, Clone)]
-pub struct TokenBatch {
-    /// `[batch_size, seq_length]`
-    pub inputs: Tensor<2, Int>,
-    /// `[batch_size, seq_length]`
-    pub targets: Tensor<2, Int>,
-    /// Where dropout draws from in training.
-    pub dropout_key: Option<RandomKey>,
-}
+impl<M: Module + ModuleDisplay + LossModel + 'static> Trainable for M {}
 
 /// The figures of a step or of a validation batch.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -60,7 +49,7 @@ impl ItemLazy for StepOutput {
     }
 }
 
-/// A causal language model with its training loss.
+/// A language model with its training loss.
 ///
 /// The gradients of a step are those of the SUM over its targets, so that micro-batches add up; the strategy divides
 /// by the number of targets.
@@ -78,15 +67,14 @@ impl<M: Trainable> LanguageModel<M> {
     pub fn new(model: M, label_smoothing: f64, z_loss: f64) -> Self {
         Self {
             model,
-            loss: CrossEntropyConfig::new().with_label_smoothing(label_smoothing),
+            loss: counting_targets().with_label_smoothing(label_smoothing),
             z_loss,
         }
     }
+}
 
-    fn cross_entropy(&self, config: &CrossEntropyConfig, batch: TokenBatch) -> CrossEntropy {
-        self.model
-            .loss(batch.inputs, batch.targets, config, batch.dropout_key)
-    }
+fn counting_targets() -> CrossEntropyConfig {
+    CrossEntropyConfig::new().with_ignored_target(Some(IGNORED_TARGET))
 }
 
 fn output(loss: &CrossEntropy) -> StepOutput {
@@ -112,7 +100,7 @@ impl<M: Trainable> TrainStep for LanguageModel<M> {
     type Output = StepOutput;
 
     fn step(&self, batch: TokenBatch) -> TrainOutput<StepOutput> {
-        let loss = self.cross_entropy(&self.loss, batch);
+        let loss = self.model.loss(batch, &self.loss);
         let total = if self.z_loss > 0.0 {
             loss.nll_sum.clone() + loss.z_sum.clone() * self.z_loss
         } else {
@@ -133,6 +121,6 @@ impl<M: Trainable> InferenceStep for LanguageModel<M> {
             dropout_key: None,
             ..batch
         };
-        output(&self.cross_entropy(&CrossEntropyConfig::new(), batch))
+        output(&self.model.loss(batch, &counting_targets()))
     }
 }

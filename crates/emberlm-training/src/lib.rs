@@ -1,7 +1,7 @@
 //! Training language models on Burn: text data, exact resume, metrics, and a loop that burn-train drives.
 //!
 //! It takes losses and batches and knows no concrete model: anything that is a Burn module and an
-//! [`emberlm_core::CausalModel`] can be trained.
+//! [`emberlm_core::LossModel`] can be trained.
 
 mod checkpoint;
 mod config;
@@ -19,6 +19,8 @@ mod schedule;
 mod session;
 mod trainer;
 
+pub use emberlm_core::TokenBatch;
+
 pub use checkpoint::{
     Checkpoint, CheckpointError, CheckpointReader, CheckpointStore, Damage, Damaged, Disk, Fault,
     FaultyDisk, Loaded, Operation, Storage,
@@ -30,7 +32,7 @@ pub use data::{
 };
 pub use error::TrainingError;
 pub use gradients::{global_norm, scale_gradients};
-pub use learner::{LanguageModel, StepOutput, StepProgress, TokenBatch, Trainable};
+pub use learner::{LanguageModel, StepOutput, StepProgress, Trainable};
 pub use loader::{EvaluationLoader, TrainingLoader};
 pub use memory::peak_memory_bytes;
 pub use metrics::{metric_name, register_metrics};

@@ -59,9 +59,11 @@ impl TrainingLoader {
         }
         let rows = self.micro_batch_size;
         TokenBatch {
-            inputs: token_tensor(&inputs, rows, &self.device),
-            targets: token_tensor(&targets, rows, &self.device),
             dropout_key: Some(self.key.fold(step).fold(first as u64)),
+            ..TokenBatch::new(
+                token_tensor(&inputs, rows, &self.device),
+                token_tensor(&targets, rows, &self.device),
+            )
         }
     }
 }
@@ -109,11 +111,10 @@ impl EvaluationLoader {
             inputs.extend(input);
             targets.extend(target);
         }
-        TokenBatch {
-            inputs: token_tensor(&inputs, rows.len(), &self.device),
-            targets: token_tensor(&targets, rows.len(), &self.device),
-            dropout_key: None,
-        }
+        TokenBatch::new(
+            token_tensor(&inputs, rows.len(), &self.device),
+            token_tensor(&targets, rows.len(), &self.device),
+        )
     }
 }
 

@@ -140,7 +140,8 @@ impl<N: Trainable> Trainer<N> {
                 n_steps_here += 1;
                 let step = self.session.counters.step;
                 events.trained(output, step - first, last - first, step)?;
-                self.count_time(begin.elapsed(), n_steps_here > UNTIMED_STEPS);
+                let timed = n_steps_here > UNTIMED_STEPS;
+                self.count_time(begin.elapsed(), timed.then_some(output.n_targets));
 
                 let valid_loss = if step == last {
                     events.end_training(epoch)?;
@@ -218,11 +219,11 @@ impl<N: Trainable> Trainer<N> {
         Ok((output, skipped))
     }
 
-    fn count_time(&mut self, elapsed: Duration, timed: bool) {
+    fn count_time(&mut self, elapsed: Duration, timed_targets: Option<f64>) {
         let counters = &mut self.session.counters;
         counters.seconds += elapsed.as_secs_f64();
-        if timed {
-            counters.timed_tokens += self.config.tokens_per_step() as u64;
+        if let Some(n_targets) = timed_targets {
+            counters.timed_tokens += n_targets as u64;
             counters.timed_seconds += elapsed.as_secs_f64();
         }
     }

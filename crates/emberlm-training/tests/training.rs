@@ -34,11 +34,10 @@ fn config() -> TrainingConfig {
 
 fn batch(tokens: Tensor<2, Int>) -> TokenBatch {
     let [_, length] = tokens.dims();
-    TokenBatch {
-        inputs: tokens.clone().slice(s![.., 0..length - 1]),
-        targets: tokens.slice(s![.., 1..length]),
-        dropout_key: None,
-    }
+    TokenBatch::new(
+        tokens.clone().slice(s![.., 0..length - 1]),
+        tokens.slice(s![.., 1..length]),
+    )
 }
 
 #[test]

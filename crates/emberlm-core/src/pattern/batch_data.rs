@@ -63,6 +63,11 @@ impl BatchData {
         self
     }
 
+    /// Whether positions have documents.
+    pub(crate) fn has_documents(&self) -> bool {
+        self.key_documents.is_some()
+    }
+
     /// The documents of the keys of a batch row.
     ///
     /// # Panics

@@ -1,0 +1,253 @@
+//! The encoder-decoder: an encoder reads a source, a decoder writes with an eye on it.
+
+use burn::{
+    config::Config,
+    module::Module,
+    nn::{Linear, LinearConfig},
+    tensor::{Device, Int, Tensor},
+};
+use emberlm_core::{
+    Activation, BatchData, Context, CrossEntropy, CrossEntropyConfig, InvalidConfig, Lengths,
+    LossModel, NormConfig, NormPlacement, Pattern, RandomKey, Source, TokenBatch, XavierInit,
+    assert_valid, operators::Projection,
+};
+
+use crate::{
+    FeedForwardKind, PositionsConfig, Stack, StackCache, StackConfig, TokenEmbedding,
+    TokenEmbeddingConfig, decoder::projected_loss,
+};
+
+/// Configuration of an [`EncoderDecoder`]. The defaults are those of Vaswani et al. 2017, but that the norms stand before.
+#[derive(Config, Debug)]
+pub struct EncoderDecoderConfig {
+    /// Number of tokens of the target, and of the source where they share an embedding.
+    pub vocab_size: usize,
+    /// Number of blocks of the encoder.
+    pub n_encoder_layers: usize,
+    /// Number of blocks of the decoder.
+    pub n_decoder_layers: usize,
+    /// Width of the model.
+    pub d_model: usize,
+    /// Number of heads; divides `d_model`.
+    pub n_heads: usize,
+    /// Inner width of the feed-forward layers. Default: `4 d_model`.
+    pub d_ff: Option<usize>,
+    /// Number of tokens of the source where it has an embedding of its own. Default: the embedding is shared, positions
+    /// included.
+    pub source_vocab_size: Option<usize>,
+    /// Positions of both. Default: sinusoids, with embeddings times `sqrt(d_model)`.
+    #[config(default = "PositionsConfig::Sinusoidal")]
+    pub positions: PositionsConfig,
+    /// Norm. Default: layer norm with bias, epsilon 1e-5.
+    #[config(default = "NormConfig::Layer { epsilon: 1e-5, bias: true }")]
+    pub norm: NormConfig,
+    /// Where the norms stand. Default: before.
+    #[config(default = "NormPlacement::Pre")]
+    pub norm_placement: NormPlacement,
+    /// Whether both stacks end in a norm. Default: where the norms stand before, which need it.
+    pub final_norm: Option<bool>,
+    /// Kind of feed-forward layer. Default: plain.
+    #[config(default = "FeedForwardKind::Plain")]
+    pub feed_forward: FeedForwardKind,
+    /// Non-linearity of the feed-forward layers. Default: ReLU.
+    #[config(default = "Activation::Relu")]
+    pub activation: Activation,
+    /// Whether the linear projections have biases. Default: true.
+    #[config(default = true)]
+    pub bias: bool,
+    /// Whether the output projection is the transposed embedding of the target. Default: true.
+    #[config(default = true)]
+    pub tied_embedding: bool,
+    /// Dropout on the embeddings, the attention weights, the inner activations and the residual additions. Default: 0.1.
+    #[config(default = 0.1)]
+    pub dropout: f64,
+    /// Seed of the initialisation. Default: 0.
+    #[config(default = 0)]
+    pub seed: u64,
+}
+
+impl EncoderDecoderConfig {
+    /// Checks the fields against each other.
+    ///
+    /// # Errors
+    ///
+    /// A zero, widths that do not divide evenly, or a rate outside `[0, 1)`.
+    pub fn validate(&self) -> Result<(), InvalidConfig> {
+        InvalidConfig::require_positive(&[
+            ("n_encoder_layers", self.n_encoder_layers),
+            ("n_decoder_layers", self.n_decoder_layers),
+            ("source_vocab_size", self.source_vocab_size.unwrap_or(1)),
+        ])?;
+        self.embedding(self.vocab_size).validate()?;
+        self.decoder().validate()
+    }
+
+    /// Makes the model, initialised as in tensor2tensor from `seed`: the same values on every backend.
+    ///
+    /// # Panics
+    ///
+    /// If the config is invalid.
+    pub fn init(&self, device: &Device) -> EncoderDecoder {
+        assert_valid(self.validate());
+        let model = EncoderDecoder {
+            embedding: self.embedding(self.vocab_size).init(device),
+            source_embedding: (self.source_vocab_size)
+                .map(|vocab_size| self.embedding(vocab_size).init(device)),
+            encoder: self.stack(self.n_encoder_layers).init(device),
+            decoder: self.decoder().init(device),
+            head: (!self.tied_embedding).then(|| {
+                LinearConfig::new(self.d_model, self.vocab_size)
+                    .with_bias(false)
+                    .init(device)
+            }),
+        };
+        XavierInit::new(self.seed).apply(model)
+    }
+
+    fn embedding(&self, vocab_size: usize) -> TokenEmbeddingConfig {
+        TokenEmbeddingConfig::new(vocab_size, self.d_model, self.positions.clone())
+            .with_dropout(self.dropout)
+    }
+
+    fn stack(&self, n_layers: usize) -> StackConfig {
+        let d_head = self.d_model / self.n_heads.max(1);
+        StackConfig::new(n_layers, self.d_model, self.n_heads)
+            .with_d_ff(self.d_ff)
+            .with_rotary(self.positions.rotary(d_head))
+            .with_norm(self.norm.clone())
+            .with_norm_placement(self.norm_placement)
+            .with_final_norm(self.final_norm)
+            .with_feed_forward(self.feed_forward)
+            .with_activation(self.activation)
+            .with_bias(self.bias)
+            .with_dropout(self.dropout)
+    }
+
+    fn decoder(&self) -> StackConfig {
+        self.stack(self.n_decoder_layers)
+            .with_pattern(Pattern::causal())
+            .with_cross_attention(true)
+    }
+}
+
+/// The Transformer: an encoder over the source, and a causal decoder whose blocks attend to what the encoder made.
+///
+/// Vaswani et al. 2017, <https://arxiv.org/abs/1706.03762>. Difference by default: pre-norm, as tensor2tensor and most
+/// trainings since.
+///
+/// ```
+/// use burn::tensor::{Device, Int, Tensor};
+/// use emberlm_core::Source;
+/// use emberlm_models::EncoderDecoderConfig;
+///
+/// let device = Device::flex();
+/// let model = EncoderDecoderConfig::new(64, 2, 2, 32, 4).init(&device);
+/// let source = Source::new(Tensor::<2, Int>::zeros([1, 7], &device));
+/// let scores = model.forward(source, Tensor::<2, Int>::zeros([1, 5], &device), None);
+/// assert_eq!(scores.dims(), [1, 5, 64]);
+/// ```
+#[derive(Module, Debug)]
+pub struct EncoderDecoder {
+    /// Token vectors of the target, and of the source unless it has its own.
+    pub embedding: TokenEmbedding,
+    /// Token vectors of the source, where they are not shared.
+    pub source_embedding: Option<TokenEmbedding>,
+    /// Reads the source.
+    pub encoder: Stack,
+    /// Writes the target.
+    pub decoder: Stack,
+    /// `[d_model, vocab_size]`, where the embedding is not tied.
+    pub head: Option<Linear>,
+}
+
+// Parts of the model's random key.
+const SOURCE_EMBEDDING: u64 = 0;
+const ENCODER: u64 = 1;
+const EMBEDDING: u64 = 2;
+const DECODER: u64 = 3;
+
+impl EncoderDecoder {
+    /// What the encoder makes of a source.
+    ///
+    /// # Shapes
+    ///
+    /// - output: `[batch_size, source_length, d_model]`
+    ///
+    /// # Panics
+    ///
+    /// If the source is longer than the learned positions.
+    pub fn encode(&self, source: Source, dropout_key: Option<RandomKey>) -> Tensor<3> {
+        let [batch_size, source_length] = source.tokens.dims();
+        let context = Context::new(Lengths::square(source_length))
+            .with_data(batch_size, source.data)
+            .with_dropout_key(dropout_key);
+        let embedding = self.source_embedding.as_ref().unwrap_or(&self.embedding);
+        let x = embedding.forward(source.tokens, None, &context.fold(SOURCE_EMBEDDING));
+        self.encoder.forward(x, &context.fold(ENCODER), None)
+    }
+
+    /// Scores of the next token after each position of the target.
+    ///
+    /// # Shapes
+    ///
+    /// - `tokens`: `[batch_size, seq_length]`
+    /// - output: `[batch_size, seq_length, vocab_size]`, not normalised
+    ///
+    /// # Panics
+    ///
+    /// If a sequence is longer than the learned positions, or the batch sizes differ.
+    pub fn forward(
+        &self,
+        source: Source,
+        tokens: Tensor<2, Int>,
+        dropout_key: Option<RandomKey>,
+    ) -> Tensor<3> {
+        let hidden = self.hidden_states(source, tokens, BatchData::new(), dropout_key);
+        self.projection().forward(hidden)
+    }
+
+    /// A cache for `capacity` positions of the targets of these sources, whose keys and values are projected now, once.
+    pub fn start(&self, source: Source, capacity: usize) -> StackCache {
+        let data = source.data.clone();
+        let encoded = self.encode(source, None);
+        let source = self.decoder.project_source(encoded, data);
+        self.decoder.new_cache(capacity, Some(source))
+    }
+
+    fn hidden_states(
+        &self,
+        source: Source,
+        tokens: Tensor<2, Int>,
+        data: BatchData,
+        dropout_key: Option<RandomKey>,
+    ) -> Tensor<3> {
+        let source_data = source.data.clone();
+        let encoded = self.encode(source, dropout_key);
+        let source = self.decoder.project_source(encoded, source_data);
+        let [batch_size, seq_length] = tokens.dims();
+        let context = Context::new(Lengths::square(seq_length))
+            .with_data(batch_size, data)
+            .with_dropout_key(dropout_key);
+        let x = (self.embedding).forward(tokens, None, &context.fold(EMBEDDING));
+        self.decoder
+            .forward(x, &context.fold(DECODER), Some(&source))
+    }
+
+    fn projection(&self) -> Projection {
+        match &self.head {
+            Some(head) => Projection::Columns(head.weight.val()),
+            None => self.embedding.projection(),
+        }
+    }
+}
+
+impl LossModel for EncoderDecoder {
+    /// # Panics
+    ///
+    /// If the batch has no source.
+    fn loss(&self, batch: TokenBatch, config: &CrossEntropyConfig) -> CrossEntropy {
+        let source = (batch.source).expect("source: the batch has none for the encoder to read");
+        let hidden = self.hidden_states(source, batch.inputs, batch.data, batch.dropout_key);
+        projected_loss(hidden, &self.projection(), batch.targets, config)
+    }
+}

@@ -1,0 +1,388 @@
+//! A stack of residual blocks: what encoders and decoders have in common.
+
+use burn::{
+    config::Config,
+    module::Module,
+    tensor::{Device, Tensor},
+};
+use emberlm_attention::{
+    CrossCache, GroupedQueryAttention, GroupedQueryAttentionConfig, MultiHeadAttention,
+    MultiHeadAttentionConfig,
+};
+use emberlm_core::{
+    Activation, BatchData, Context, CrossInput, CrossMixer, FeedForward, FeedForwardConfig,
+    GatedMlp, InvalidConfig, KvCache, Lengths, Mlp, Norm, NormConfig, NormPlacement, Pattern,
+    ResidualBlock, ResidualBlockConfig, ResidualStream, RotaryConfig, SequenceMixer, assert_valid,
+};
+
+/// The kind of feed-forward layer.
+#[derive(Config, Debug, Copy, PartialEq, Eq)]
+pub enum FeedForwardKind {
+    /// `down(f(up(x)))`
+    Plain,
+    /// `down(f(gate(x)) * up(x))`
+    Gated,
+}
+
+/// Configuration of a [`Stack`]. The defaults are those of Vaswani et al. 2017 but for the norms, which stand before.
+#[derive(Config, Debug)]
+pub struct StackConfig {
+    /// Number of blocks.
+    pub n_layers: usize,
+    /// Width of the model.
+    pub d_model: usize,
+    /// Number of query heads; divides `d_model`.
+    pub n_heads: usize,
+    /// Number of key/value heads. Default: one a query head.
+    pub n_kv_heads: Option<usize>,
+    /// Inner width of the feed-forward layers. Default: `4 d_model`.
+    pub d_ff: Option<usize>,
+    /// Rotary positions of queries and keys. Default: none.
+    pub rotary: Option<RotaryConfig>,
+    /// Norm. Default: layer norm with bias, epsilon 1e-5.
+    #[config(default = "NormConfig::Layer { epsilon: 1e-5, bias: true }")]
+    pub norm: NormConfig,
+    /// Where the norms stand. Default: before.
+    #[config(default = "NormPlacement::Pre")]
+    pub norm_placement: NormPlacement,
+    /// Whether there is a norm after the last block. Default: where the norms stand before, which need it.
+    pub final_norm: Option<bool>,
+    /// Kind of feed-forward layer. Default: plain.
+    #[config(default = "FeedForwardKind::Plain")]
+    pub feed_forward: FeedForwardKind,
+    /// Non-linearity of the feed-forward layers. Default: ReLU.
+    #[config(default = "Activation::Relu")]
+    pub activation: Activation,
+    /// Whether the linear projections have biases. Default: true.
+    #[config(default = true)]
+    pub bias: bool,
+    /// Dropout on the attention weights, the inner activations and the residual additions. Default: 0.
+    #[config(default = 0.0)]
+    pub dropout: f64,
+    /// Which keys a query of the sequence itself sees. Default: all.
+    #[config(default = "Pattern::full()")]
+    pub pattern: Pattern,
+    /// Whether each block attends to a source too. Default: false.
+    #[config(default = false)]
+    pub cross_attention: bool,
+}
+
+impl StackConfig {
+    /// Inner width of the feed-forward layers: as given, or `4 d_model`.
+    pub fn feed_forward_width(&self) -> usize {
+        self.d_ff.unwrap_or(self.d_model.saturating_mul(4))
+    }
+
+    /// Checks the fields against each other.
+    ///
+    /// # Errors
+    ///
+    /// A zero, widths that do not divide evenly, an impossible pattern, or a rate outside `[0, 1)`.
+    pub fn validate(&self) -> Result<(), InvalidConfig> {
+        InvalidConfig::require_positive(&[
+            ("n_layers", self.n_layers),
+            ("d_model", self.d_model),
+            ("n_heads", self.n_heads),
+            ("d_ff", self.feed_forward_width()),
+        ])?;
+        self.grouped_query().validate()?;
+        self.mlp().validate()?;
+        self.block().validate()
+    }
+
+    /// Makes the stack.
+    ///
+    /// # Panics
+    ///
+    /// If the config is invalid.
+    pub fn init(&self, device: &Device) -> Stack {
+        assert_valid(self.validate());
+        let block = |_| {
+            let cross = self.cross_attention.then(|| {
+                MultiHeadAttentionConfig::new(self.d_model, self.n_heads)
+                    .with_bias(self.bias)
+                    .with_dropout(self.dropout)
+                    .init(device)
+            });
+            let feed_forward = self.feed_forward_layer(device);
+            (self.block()).init_with_cross(self.mixer(device), cross, feed_forward, device)
+        };
+        let is_pre = self.norm_placement == NormPlacement::Pre;
+        let final_norm = self.final_norm.unwrap_or(is_pre);
+        Stack {
+            blocks: (0..self.n_layers).map(block).collect(),
+            norm: final_norm.then(|| self.norm.init(self.d_model, device)),
+        }
+    }
+
+    fn block(&self) -> ResidualBlockConfig {
+        ResidualBlockConfig::new(self.d_model)
+            .with_norm(self.norm.clone())
+            .with_placement(self.norm_placement)
+            .with_dropout(self.dropout)
+    }
+
+    fn mlp(&self) -> FeedForwardConfig {
+        FeedForwardConfig::new(self.d_model, self.feed_forward_width())
+            .with_activation(self.activation)
+            .with_bias(self.bias)
+            .with_dropout(self.dropout)
+    }
+
+    fn feed_forward_layer(&self, device: &Device) -> FeedForwardLayer {
+        match self.feed_forward {
+            FeedForwardKind::Plain => FeedForwardLayer::Plain(self.mlp().init(device)),
+            FeedForwardKind::Gated => FeedForwardLayer::Gated(self.mlp().init_gated(device)),
+        }
+    }
+
+    fn grouped_query(&self) -> GroupedQueryAttentionConfig {
+        GroupedQueryAttentionConfig::new(self.d_model, self.n_heads)
+            .with_n_kv_heads(self.n_kv_heads)
+            .with_rotary(self.rotary.clone())
+            .with_bias(self.bias)
+            .with_dropout(self.dropout)
+            .with_pattern(self.pattern.clone())
+    }
+
+    /// Grouped-query attention where something needs it, else multi-head attention.
+    fn mixer(&self, device: &Device) -> Mixer {
+        let grouped_query = self.grouped_query();
+        if grouped_query.rotary.is_some() || grouped_query.kv_heads() != self.n_heads {
+            Mixer::GroupedQuery(grouped_query.init(device))
+        } else {
+            Mixer::MultiHead(
+                MultiHeadAttentionConfig::new(self.d_model, self.n_heads)
+                    .with_bias(self.bias)
+                    .with_dropout(self.dropout)
+                    .with_pattern(self.pattern.clone())
+                    .init(device),
+            )
+        }
+    }
+}
+
+/// The mixer of a block.
+#[derive(Module, Debug)]
+pub enum Mixer {
+    /// Multi-head attention.
+    MultiHead(MultiHeadAttention),
+    /// Grouped-query attention.
+    GroupedQuery(GroupedQueryAttention),
+}
+
+impl SequenceMixer for Mixer {
+    type Cache = KvCache;
+
+    fn forward(&self, x: Tensor<3>, context: &Context) -> Tensor<3> {
+        match self {
+            Self::MultiHead(attention) => attention.forward(x, context),
+            Self::GroupedQuery(attention) => attention.forward(x, context),
+        }
+    }
+
+    fn forward_cached(&self, x: Tensor<3>, context: &Context, cache: &mut KvCache) -> Tensor<3> {
+        match self {
+            Self::MultiHead(attention) => attention.forward_cached(x, context, cache),
+            Self::GroupedQuery(attention) => attention.forward_cached(x, context, cache),
+        }
+    }
+
+    fn new_cache(&self, capacity: usize) -> KvCache {
+        match self {
+            Self::MultiHead(attention) => attention.new_cache(capacity),
+            Self::GroupedQuery(attention) => attention.new_cache(capacity),
+        }
+    }
+}
+
+/// The feed-forward layer of a block.
+#[derive(Module, Debug)]
+pub enum FeedForwardLayer {
+    /// `down(f(up(x)))`
+    Plain(Mlp),
+    /// `down(f(gate(x)) * up(x))`
+    Gated(GatedMlp),
+}
+
+impl FeedForward for FeedForwardLayer {
+    fn forward(&self, x: Tensor<3>, context: &Context) -> Tensor<3> {
+        match self {
+            Self::Plain(layer) => layer.forward(x, context),
+            Self::Gated(layer) => layer.forward(x, context),
+        }
+    }
+}
+
+/// Residual blocks one after the other, and a last norm: `norm(block_n(.. block_1(x)))`.
+///
+/// Vaswani et al. 2017, section 3.1, <https://arxiv.org/abs/1706.03762>. With a causal pattern it is a decoder's, without
+/// one an encoder's; with cross-attention it is the decoder of an encoder-decoder.
+///
+/// ```
+/// use burn::tensor::{Device, Tensor};
+/// use emberlm_core::{Context, Lengths};
+/// use emberlm_models::StackConfig;
+///
+/// let device = Device::flex();
+/// let encoder = StackConfig::new(2, 16, 4).init(&device);
+/// let y = encoder.forward(Tensor::ones([1, 5, 16], &device), &Context::new(Lengths::square(5)), None);
+/// assert_eq!(y.dims(), [1, 5, 16]);
+/// ```
+#[derive(Module, Debug)]
+pub struct Stack {
+    /// The blocks, from the input on.
+    pub blocks: Vec<ResidualBlock<Mixer, FeedForwardLayer, MultiHeadAttention>>,
+    /// The norm after the last block.
+    pub norm: Option<Norm>,
+}
+
+/// A source as a stack with cross-attention reads it: keys and values of every block, projected once.
+#[derive(Clone, Debug)]
+pub struct StackSource {
+    layers: Vec<CrossCache>,
+    length: usize,
+    data: BatchData,
+}
+
+/// Keys and values of all blocks, and the source if there is one.
+#[derive(Clone, Debug)]
+pub struct StackCache {
+    layers: Vec<KvCache>,
+    source: Option<StackSource>,
+}
+
+impl StackCache {
+    /// Number of positions held.
+    pub fn len(&self) -> usize {
+        self.layers.first().map_or(0, KvCache::len)
+    }
+
+    /// Whether nothing is held yet.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Forgets all but the first `len` positions.
+    pub fn truncate(&mut self, len: usize) {
+        self.layers.iter_mut().for_each(|layer| layer.truncate(len));
+    }
+
+    /// The context of the next `seq_length` positions.
+    pub(crate) fn context(&self, seq_length: usize) -> Context {
+        let first_position = self.len();
+        let lengths = Lengths::new(seq_length, first_position + seq_length);
+        Context::new(lengths.with_first_position(first_position))
+    }
+}
+
+impl Stack {
+    /// Runs all blocks over a whole sequence.
+    ///
+    /// # Shapes
+    ///
+    /// - `x`, output: `[batch_size, seq_length, d_model]`
+    ///
+    /// # Panics
+    ///
+    /// If the stack has cross-attention and there is no source, or the other way round.
+    pub fn forward(
+        &self,
+        x: Tensor<3>,
+        context: &Context,
+        source: Option<&StackSource>,
+    ) -> Tensor<3> {
+        self.run(x, context, source, |block, stream, context, cross, _| {
+            block.forward_stream(stream, context, cross)
+        })
+    }
+
+    /// Runs all blocks over the next positions of a sequence whose earlier part is in the cache.
+    ///
+    /// # Shapes
+    ///
+    /// - `x`, output: `[batch_size, seq_length, d_model]`
+    ///
+    /// # Panics
+    ///
+    /// As [`forward`](Self::forward).
+    pub fn forward_cached(
+        &self,
+        x: Tensor<3>,
+        context: &Context,
+        cache: &mut StackCache,
+    ) -> Tensor<3> {
+        let StackCache { layers, source } = cache;
+        self.run(
+            x,
+            context,
+            source.as_ref(),
+            |block, stream, context, cross, i| {
+                block.forward_stream_cached(stream, context, cross, &mut layers[i])
+            },
+        )
+    }
+
+    /// An empty cache for `capacity` positions; with the source that all of them attend to, if there is one.
+    pub fn new_cache(&self, capacity: usize, source: Option<StackSource>) -> StackCache {
+        let layer = |block: &Block| block.mixer.new_cache(capacity);
+        StackCache {
+            layers: self.blocks.iter().map(layer).collect(),
+            source,
+        }
+    }
+
+    /// Projects a source for all blocks.
+    ///
+    /// # Shapes
+    ///
+    /// - `source`: `[batch_size, source_length, d_model]`
+    ///
+    /// `data` are the padding and documents of the source.
+    ///
+    /// # Panics
+    ///
+    /// If the stack has no cross-attention.
+    pub fn project_source(&self, source: Tensor<3>, data: BatchData) -> StackSource {
+        let [_, length, _] = source.dims();
+        let project = |block: &Block| match &block.cross {
+            Some(cross) => cross.project_source(source.clone()),
+            None => panic!("source: the stack has no cross-attention that could read it"),
+        };
+        StackSource {
+            layers: self.blocks.iter().map(project).collect(),
+            length,
+            data,
+        }
+    }
+
+    fn run(
+        &self,
+        x: Tensor<3>,
+        context: &Context,
+        source: Option<&StackSource>,
+        mut step: impl FnMut(&Block, ResidualStream, &Context, Cross<'_>, usize) -> ResidualStream,
+    ) -> Tensor<3> {
+        let [batch_size, query_length, _] = x.dims();
+        let cross_context = source.map(|source| {
+            let lengths = Lengths::new(query_length, source.length);
+            Context::new(lengths).with_data(batch_size, source.data.clone())
+        });
+        let mut stream = ResidualStream::new(x);
+        for (i, block) in self.blocks.iter().enumerate() {
+            let cross = source.zip(cross_context.as_ref());
+            let cross = cross.map(|(source, context)| CrossInput {
+                source: &source.layers[i],
+                context,
+            });
+            stream = step(block, stream, &context.fold(i as u64), cross, i);
+        }
+        match &self.norm {
+            Some(norm) => stream.norm(norm).1,
+            None => stream.into_sum(),
+        }
+    }
+}
+
+type Block = ResidualBlock<Mixer, FeedForwardLayer, MultiHeadAttention>;
+type Cross<'a> = Option<CrossInput<'a, CrossCache>>;
