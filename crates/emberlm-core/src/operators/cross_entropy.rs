@@ -231,75 +231,88 @@ fn portable(
     weights: Option<Tensor<1>>,
 ) -> CrossEntropy {
     let [n_tokens, _] = hidden.dims();
-    let table = match projection {
-        Projection::Rows(table) | Projection::Columns(table) => table.clone(),
-    };
-    let differentiate = hidden.is_autodiff() || table.is_autodiff();
-    let mut total: Option<CrossEntropy> = None;
-    for first in (0..n_tokens).step_by(rows_a_chunk(projection.vocab_size())) {
-        let n = rows_a_chunk(projection.vocab_size()).min(n_tokens - first);
-        let hidden = hidden.clone().narrow(0, first, n);
+    let columns = projection.columns();
+    let differentiate = hidden.is_autodiff() || columns.is_autodiff();
+    let mut nll = ChunkSums::new(&hidden, &columns);
+    let mut z = ChunkSums::new(&hidden, &columns);
+    let mut n_targets = Tensor::zeros([1], (&hidden.device(), hidden.dtype()));
+    let step = rows_a_chunk(projection.vocab_size());
+    for first in (0..n_tokens).step_by(step) {
+        let n = step.min(n_tokens - first);
         let targets = targets.clone().narrow(0, first, n);
         let weights = weights.clone().map(|weights| weights.narrow(0, first, n));
-        let loss_of = |hidden: Tensor<2>, table: Tensor<2>| {
-            let columns = match projection {
-                Projection::Rows(_) => table.transpose(),
-                Projection::Columns(_) => table,
-            };
-            definition(
-                config,
-                hidden.matmul(columns),
-                targets.clone(),
-                weights.clone(),
-            )
-        };
-        let chunk = match differentiate {
-            false => loss_of(hidden, table.clone()),
-            true => linearised(hidden, table.clone(), loss_of),
-        };
-        total = Some(match total {
-            None => chunk,
-            Some(total) => CrossEntropy {
-                nll_sum: total.nll_sum + chunk.nll_sum,
-                z_sum: total.z_sum + chunk.z_sum,
-                n_targets: total.n_targets + chunk.n_targets,
-            },
-        });
-    }
-    total.unwrap_or_else(|| {
-        let zero = || Tensor::zeros([1], (&hidden.device(), hidden.dtype()));
-        CrossEntropy {
-            nll_sum: zero(),
-            z_sum: zero(),
-            n_targets: zero(),
+        let loss_of = |scores| definition(config, scores, targets.clone(), weights.clone());
+        let rows = hidden.clone().detach().narrow(0, first, n);
+        let scores = rows.clone().matmul(columns.clone().detach());
+        let loss = loss_of(scores.clone());
+        nll.value = nll.value + loss.nll_sum;
+        z.value = z.value + loss.z_sum;
+        n_targets = n_targets + loss.n_targets;
+        if differentiate {
+            nll.differentiate(&rows, &scores, |scores| loss_of(scores).nll_sum);
+            z.differentiate(&rows, &scores, |scores| loss_of(scores).z_sum);
         }
-    })
+    }
+    CrossEntropy {
+        nll_sum: nll.finish(),
+        z_sum: z.finish(),
+        n_targets,
+    }
 }
 
-fn linearised(
+/// A sum over chunks with its gradients, which are tensors of the inputs' sizes whatever the number of chunks.
+struct ChunkSums {
     hidden: Tensor<2>,
-    table: Tensor<2>,
-    loss_of: impl Fn(Tensor<2>, Tensor<2>) -> CrossEntropy,
-) -> CrossEntropy {
-    let leaves = || [&hidden, &table].map(|x| x.clone().detach().require_grad());
-    let sum_of = |pick: fn(CrossEntropy) -> Tensor<1>| {
-        let [h, t] = leaves();
-        let sum = pick(loss_of(h.clone(), t.clone()));
-        let gradients = sum.backward();
-        let linear = [(&hidden, h), (&table, t)].into_iter().map(|(x, leaf)| {
-            let gradient = leaf.grad(&gradients).expect("the loss depends on it");
-            (x.clone() * Tensor::from_inner(gradient)).sum()
+    columns: Tensor<2>,
+    value: Tensor<1>,
+    d_hidden: Vec<Tensor<2>>,
+    d_columns: Option<Tensor<2>>,
+}
+
+impl ChunkSums {
+    fn new(hidden: &Tensor<2>, columns: &Tensor<2>) -> Self {
+        Self {
+            hidden: hidden.clone(),
+            columns: columns.clone(),
+            value: Tensor::zeros([1], (&hidden.device(), hidden.dtype())),
+            d_hidden: Vec::new(),
+            d_columns: None,
+        }
+    }
+
+    /// Adds the gradients of `sum_of(rows columns)`.
+    fn differentiate(
+        &mut self,
+        rows: &Tensor<2>,
+        scores: &Tensor<2>,
+        sum_of: impl Fn(Tensor<2>) -> Tensor<1>,
+    ) {
+        let scores = scores.clone().detach().require_grad();
+        let gradients = sum_of(scores.clone()).backward();
+        let d_scores = scores
+            .grad(&gradients)
+            .expect("the loss depends on the scores");
+        let d_scores = Tensor::from_inner(d_scores);
+        let columns = self.columns.clone().detach();
+        self.d_hidden
+            .push(d_scores.clone().matmul(columns.transpose()));
+        let d_columns = rows.clone().transpose().matmul(d_scores);
+        self.d_columns = Some(match self.d_columns.take() {
+            Some(sum) => sum + d_columns,
+            None => d_columns,
         });
-        let linear = linear.reduce(|a, b| a + b).expect("there are two");
+    }
+
+    /// The sum, as a function of the inputs.
+    fn finish(self) -> Tensor<1> {
+        let Some(d_columns) = self.d_columns else {
+            return self.value;
+        };
+        let linear = (self.hidden * Tensor::cat(self.d_hidden, 0)).sum();
+        let linear = linear + (self.columns * d_columns).sum();
         // Its value is the sum's, its gradients are the linear function's. The difference is zero, and comes first: the
         // linear function's value may be so large that the sum would lose its digits in it.
-        sum.detach() + (linear.clone() - linear.detach())
-    };
-    let [h, t] = [&hidden, &table].map(|x| x.clone().detach());
-    CrossEntropy {
-        nll_sum: sum_of(|loss| loss.nll_sum),
-        z_sum: sum_of(|loss| loss.z_sum),
-        n_targets: loss_of(h, t).n_targets,
+        self.value + (linear.clone() - linear.detach())
     }
 }
 
