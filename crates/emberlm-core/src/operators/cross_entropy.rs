@@ -2,7 +2,9 @@
 
 use std::{borrow::Cow, ops::Range};
 
-use burn::tensor::{DType, Int, Tensor, TensorData, activation::log_softmax};
+use burn::tensor::{
+    Bool, DType, IndexingUpdateOp, Int, Tensor, TensorData, activation::log_softmax,
+};
 use emberlm_kernels::{
     Array, Buffer, Gradient, Operator, Pass, Real, Stored, View, each_vector, kernel, lanes,
     matrix::{Matrix, Store, product},
@@ -170,21 +172,12 @@ fn definition(
     targets: Tensor<1, Int>,
     weights: Option<Tensor<1>>,
 ) -> CrossEntropy {
-    let [n_tokens, vocab_size] = logits.dims();
-    let ignored = config
-        .ignored_target
-        .map(|value| targets.clone().equal_scalar(value));
-    // An ignored target may lie outside the vocabulary: look up class 0 and drop the result.
-    let lookup = match &ignored {
-        Some(ignored) => targets.mask_fill(ignored.clone(), 0),
-        None => targets,
-    };
-    let lookup = lookup.reshape([n_tokens, 1]);
-
+    let [_, vocab_size] = logits.dims();
+    let rows = RowTargets::new(config, targets, weights);
     let log_probs = log_softmax(logits.clone(), 1);
-    let log_likelihood = log_probs.clone().gather(1, lookup.clone());
+    let log_likelihood = log_probs.clone().gather(1, rows.classes.clone());
     // log Z = logit - log p, for whichever class.
-    let log_partition = logits.gather(1, lookup) - log_likelihood.clone();
+    let log_partition = logits.gather(1, rows.classes.clone()) - log_likelihood.clone();
     let nll = if config.label_smoothing > 0.0 {
         // Times the reciprocal: Burn's autodiff rounds the divisor of a division by a scalar to f32.
         let uniform = log_probs.sum_dim(1) * (vocab_size as f64).recip();
@@ -193,24 +186,81 @@ fn definition(
         -log_likelihood
     };
     let z = log_partition.square();
-
-    let ignored = ignored.map(|ignored| ignored.reshape([n_tokens, 1]));
-    let weights = weights.map(|weights| weights.detach().reshape([n_tokens, 1]));
-    let sum = |x: Tensor<2>| {
-        let x = match &weights {
-            Some(weights) => x * weights.clone(),
-            None => x,
-        };
-        match &ignored {
-            Some(ignored) => x.mask_fill(ignored.clone(), 0.0).sum(),
-            None => x.sum(),
-        }
-    };
-    let n_targets = sum(nll.clone().detach().ones_like());
+    let n_targets = rows.weigh(nll.clone().detach().ones_like()).sum();
     CrossEntropy {
-        nll_sum: sum(nll),
-        z_sum: sum(z),
+        nll_sum: rows.weigh(nll).sum(),
+        z_sum: rows.weigh(z).sum(),
         n_targets,
+    }
+}
+
+/// The gradients of the definition's two sums with respect to the scores, of which nothing is tracked.
+fn gradients(
+    config: &CrossEntropyConfig,
+    logits: Tensor<2>,
+    targets: Tensor<1, Int>,
+    weights: Option<Tensor<1>>,
+) -> [Tensor<2>; 2] {
+    let [_, vocab_size] = logits.dims();
+    let rows = RowTargets::new(config, targets, weights);
+    let log_probs = log_softmax(logits.clone(), 1);
+    let of_class = |x: Tensor<2>| x.gather(1, rows.classes.clone());
+    let log_partition = of_class(logits) - of_class(log_probs.clone());
+    let probs = log_probs.exp();
+    let d_z = probs.clone() * (log_partition.clone() * 2.0);
+    let share = log_partition.full_like(config.label_smoothing - 1.0);
+    let d_nll = (probs - config.label_smoothing / vocab_size as f64).scatter(
+        1,
+        rows.classes.clone(),
+        share,
+        IndexingUpdateOp::Add,
+    );
+    [rows.weigh(d_nll), rows.weigh(d_z)]
+}
+
+/// The class of each row and what it counts.
+struct RowTargets {
+    /// `[n_tokens, 1]`; an ignored target may lie outside the vocabulary, and is class 0 here.
+    classes: Tensor<2, Int>,
+    /// `[n_tokens, 1]`
+    ignored: Option<Tensor<2, Bool>>,
+    /// `[n_tokens, 1]`
+    weights: Option<Tensor<2>>,
+}
+
+impl RowTargets {
+    fn new(
+        config: &CrossEntropyConfig,
+        targets: Tensor<1, Int>,
+        weights: Option<Tensor<1>>,
+    ) -> Self {
+        let targets = targets.unsqueeze_dim::<2>(1);
+        let ignored = config
+            .ignored_target
+            .map(|value| targets.clone().equal_scalar(value));
+        Self {
+            classes: match &ignored {
+                Some(ignored) => targets.mask_fill(ignored.clone(), 0),
+                None => targets,
+            },
+            ignored,
+            weights: weights.map(|weights| weights.detach().unsqueeze_dim(1)),
+        }
+    }
+
+    /// Rows times their weights, and zeros for those that are ignored.
+    fn weigh(&self, rows: Tensor<2>) -> Tensor<2> {
+        let rows = match &self.weights {
+            Some(weights) => rows * weights.clone(),
+            None => rows,
+        };
+        match &self.ignored {
+            Some(ignored) => {
+                let ignored = ignored.clone().expand(rows.dims());
+                rows.mask_fill(ignored, 0.0)
+            }
+            None => rows,
+        }
     }
 }
 
@@ -231,75 +281,77 @@ fn portable(
     weights: Option<Tensor<1>>,
 ) -> CrossEntropy {
     let [n_tokens, _] = hidden.dims();
-    let table = match projection {
-        Projection::Rows(table) | Projection::Columns(table) => table.clone(),
-    };
-    let differentiate = hidden.is_autodiff() || table.is_autodiff();
-    let mut total: Option<CrossEntropy> = None;
-    for first in (0..n_tokens).step_by(rows_a_chunk(projection.vocab_size())) {
-        let n = rows_a_chunk(projection.vocab_size()).min(n_tokens - first);
-        let hidden = hidden.clone().narrow(0, first, n);
+    let columns = projection.columns();
+    let differentiate = hidden.is_autodiff() || columns.is_autodiff();
+    let mut nll = ChunkSums::new(&hidden, &columns);
+    let mut z = ChunkSums::new(&hidden, &columns);
+    let mut n_targets = Tensor::zeros([1], (&hidden.device(), hidden.dtype()));
+    let step = rows_a_chunk(projection.vocab_size());
+    for first in (0..n_tokens).step_by(step) {
+        let n = step.min(n_tokens - first);
         let targets = targets.clone().narrow(0, first, n);
         let weights = weights.clone().map(|weights| weights.narrow(0, first, n));
-        let loss_of = |hidden: Tensor<2>, table: Tensor<2>| {
-            let columns = match projection {
-                Projection::Rows(_) => table.transpose(),
-                Projection::Columns(_) => table,
-            };
-            definition(
-                config,
-                hidden.matmul(columns),
-                targets.clone(),
-                weights.clone(),
-            )
-        };
-        let chunk = match differentiate {
-            false => loss_of(hidden, table.clone()),
-            true => linearised(hidden, table.clone(), loss_of),
-        };
-        total = Some(match total {
-            None => chunk,
-            Some(total) => CrossEntropy {
-                nll_sum: total.nll_sum + chunk.nll_sum,
-                z_sum: total.z_sum + chunk.z_sum,
-                n_targets: total.n_targets + chunk.n_targets,
-            },
-        });
-    }
-    total.unwrap_or_else(|| {
-        let zero = || Tensor::zeros([1], (&hidden.device(), hidden.dtype()));
-        CrossEntropy {
-            nll_sum: zero(),
-            z_sum: zero(),
-            n_targets: zero(),
+        let rows = hidden.clone().detach().narrow(0, first, n);
+        let scores = rows.clone().matmul(columns.clone().detach());
+        if differentiate {
+            let scores = scores.clone();
+            let [d_nll, d_z] = gradients(config, scores, targets.clone(), weights.clone());
+            nll.add_gradients(&rows, d_nll);
+            z.add_gradients(&rows, d_z);
         }
-    })
+        let loss = definition(config, scores, targets, weights);
+        nll.value = nll.value + loss.nll_sum;
+        z.value = z.value + loss.z_sum;
+        n_targets = n_targets + loss.n_targets;
+    }
+    CrossEntropy {
+        nll_sum: nll.finish(),
+        z_sum: z.finish(),
+        n_targets,
+    }
 }
 
-fn linearised(
+/// A sum over chunks with its gradients, which are tensors of the inputs' sizes whatever the number of chunks.
+struct ChunkSums {
     hidden: Tensor<2>,
-    table: Tensor<2>,
-    loss_of: impl Fn(Tensor<2>, Tensor<2>) -> CrossEntropy,
-) -> CrossEntropy {
-    let leaves = || [&hidden, &table].map(|x| x.clone().detach().require_grad());
-    let sum_of = |pick: fn(CrossEntropy) -> Tensor<1>| {
-        let [h, t] = leaves();
-        let sum = pick(loss_of(h.clone(), t.clone()));
-        let gradients = sum.backward();
-        let linear = [(&hidden, h), (&table, t)].into_iter().map(|(x, leaf)| {
-            let gradient = leaf.grad(&gradients).expect("the loss depends on it");
-            (x.clone() * Tensor::from_inner(gradient)).sum()
+    columns: Tensor<2>,
+    value: Tensor<1>,
+    d_hidden: Vec<Tensor<2>>,
+    d_columns: Option<Tensor<2>>,
+}
+
+impl ChunkSums {
+    fn new(hidden: &Tensor<2>, columns: &Tensor<2>) -> Self {
+        Self {
+            hidden: hidden.clone(),
+            columns: columns.clone(),
+            value: Tensor::zeros([1], (&hidden.device(), hidden.dtype())),
+            d_hidden: Vec::new(),
+            d_columns: None,
+        }
+    }
+
+    /// Adds what the gradient of the next rows' scores makes of the inputs' gradients.
+    fn add_gradients(&mut self, rows: &Tensor<2>, d_scores: Tensor<2>) {
+        let table = self.columns.clone().detach().transpose();
+        self.d_hidden.push(d_scores.clone().matmul(table));
+        let d_columns = rows.clone().transpose().matmul(d_scores);
+        self.d_columns = Some(match self.d_columns.take() {
+            Some(sum) => sum + d_columns,
+            None => d_columns,
         });
-        let linear = linear.reduce(|a, b| a + b).expect("there are two");
+    }
+
+    /// The sum, as a function of the inputs.
+    fn finish(self) -> Tensor<1> {
+        let Some(d_columns) = self.d_columns else {
+            return self.value;
+        };
+        let linear = (self.hidden * Tensor::cat(self.d_hidden, 0)).sum();
+        let linear = linear + (self.columns * d_columns).sum();
         // Its value is the sum's, its gradients are the linear function's. The difference is zero, and comes first: the
         // linear function's value may be so large that the sum would lose its digits in it.
-        sum.detach() + (linear.clone() - linear.detach())
-    };
-    let [h, t] = [&hidden, &table].map(|x| x.clone().detach());
-    CrossEntropy {
-        nll_sum: sum_of(|loss| loss.nll_sum),
-        z_sum: sum_of(|loss| loss.z_sum),
-        n_targets: loss_of(h, t).n_targets,
+        self.value + (linear.clone() - linear.detach())
     }
 }
 
