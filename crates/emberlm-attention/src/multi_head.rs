@@ -49,8 +49,8 @@ impl MultiHeadAttentionConfig {
     ///
     /// # Errors
     ///
-    /// A zero, heads that do not divide the width, an impossible pattern, scale or
-    /// slope, not one slope a head, or a dropout rate outside `[0, 1)`.
+    /// A zero, heads that do not divide the width, an impossible pattern, scale or slope, not one slope a head, or a
+    /// dropout rate outside `[0, 1)`.
     pub fn validate(&self) -> Result<(), InvalidConfig> {
         let Self {
             d_model, n_heads, ..

@@ -7,8 +7,8 @@ use burn::tensor::Tensor;
 use crate::{BatchData, BlockSizes, Lengths, Pattern, PatternError, RandomKey, Schedule};
 
 /// What the stack tells every layer: how long the sequences are and where they begin, what the batch brings (padding,
-/// documents, global tokens), the random key of this step, and a bias of the scores. New kinds of information become new fields, so that no
-/// signature of a layer changes.
+/// documents, global tokens), the random key of this step, and a bias of the scores. New kinds of information become
+/// new fields, so that no signature of a layer changes.
 ///
 /// ```
 /// use emberlm_core::{Context, Lengths, Pattern};
@@ -26,7 +26,7 @@ pub struct Context {
     /// Source of randomness of this layer in this step; nothing outside training, which turns dropout off.
     pub dropout_key: Option<RandomKey>,
     /// Added to the scores of every attention layer that is given this context, as T5's layers share a
-    /// [`RelativeBias`](crate::RelativeBias); gets a gradient.
+    /// [`RelativeBias`](crate::RelativeBias); gets a gradient. Attention to another sequence has a context of its own.
     /// Shape: `[batch_size or 1, n_heads or 1, query_length, key_length]`.
     pub bias: Option<Tensor<4>>,
     data: Arc<BatchData>,

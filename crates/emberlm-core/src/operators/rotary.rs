@@ -67,8 +67,8 @@ pub fn rotate_by<const N: usize>(
 }
 
 impl Rotation {
-    /// Cosines and sines times the factor, each `[seq_length, n_pairs]`, in f64. Those of position `64 a + b` are made of those of `64 a`
-    /// and of `b`.
+    /// Cosines and sines times the factor, each `[seq_length, n_pairs]`, in f64. Those of position `64 a + b` are made of
+    /// those of `64 a` and of `b`.
     fn tables(&self, seq_length: usize) -> [Vec<f64>; 2] {
         const STEP: usize = 64;
         let of_positions = |positions: &mut dyn Iterator<Item = usize>| -> Vec<(f64, f64)> {
