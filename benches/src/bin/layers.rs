@@ -412,6 +412,7 @@ impl<'a> Bench<'a> {
                     frequencies: pairs.map(|share| 10_000_f64.powf(-share)).collect(),
                     layout: RotaryLayout::HalfSplit,
                     first_position: 0,
+                    attention_factor: 1.0,
                 };
                 Box::new(move || {
                     let [y] = rotate_by(implementation, [pass.leaf(&x)], &rotation);

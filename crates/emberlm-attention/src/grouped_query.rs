@@ -8,7 +8,7 @@ use burn::{
 };
 use emberlm_core::{
     Context, InvalidConfig, KvCache, Pattern, RotaryConfig, SequenceMixer, assert_valid,
-    operators::project_all,
+    operators::{project_all, rotate},
 };
 
 use crate::{
@@ -36,9 +36,14 @@ pub struct GroupedQueryAttentionConfig {
     /// Dropout on the attention weights. Default: 0.
     #[config(default = 0.0)]
     pub dropout: f64,
+    /// Factor of the products of queries and keys. Default: `1 / sqrt(d_head)`; T5 has 1.
+    pub scale: Option<f64>,
     /// Bound on the scores. Default: none.
     #[config(default = "ScoreCap::None")]
     pub cap: ScoreCap,
+    /// ALiBi: what a score loses for each step between query and key, one slope a query head;
+    /// [`alibi_slopes`](emberlm_core::alibi_slopes) gives the published ones. Default: none.
+    pub alibi: Option<Vec<f64>>,
     /// Which keys a query sees. Default: all.
     #[config(default = "Pattern::full()")]
     pub pattern: Pattern,
@@ -60,7 +65,7 @@ impl GroupedQueryAttentionConfig {
     /// # Errors
     ///
     /// A zero, heads that do not divide evenly, a rotary width other than the head's, an impossible
-    /// pattern, or a dropout rate outside `[0, 1)`.
+    /// pattern, scale or slope, not one slope a head, or a dropout rate outside `[0, 1)`.
     pub fn validate(&self) -> Result<(), InvalidConfig> {
         let Self {
             d_model, n_heads, ..
@@ -91,7 +96,7 @@ impl GroupedQueryAttentionConfig {
                 });
             }
         }
-        self.scores().validate()
+        self.scores().validate(n_heads)
     }
 
     /// Makes the module.
@@ -124,7 +129,9 @@ impl GroupedQueryAttentionConfig {
         Scores {
             pattern: self.pattern.clone(),
             dropout: self.dropout,
+            scale: self.scale,
             cap: self.cap,
+            alibi: self.alibi.clone(),
         }
     }
 }
@@ -133,7 +140,8 @@ impl GroupedQueryAttentionConfig {
 ///
 /// Ainslie et al. 2023, <https://arxiv.org/abs/2305.13245>: as multi-head attention, but query head `h` reads
 /// key/value head `h / (n_heads / n_kv_heads)`, so that the cache shrinks by that factor. The keys are cached after
-/// their rotation.
+/// their rotation, unless its frequencies change with the length (see [`RotaryConfig`]): then before, and all of them are
+/// turned in each pass.
 ///
 /// ```
 /// use burn::tensor::{Device, Tensor};
@@ -169,19 +177,26 @@ pub struct GroupedQueryAttention {
 }
 
 impl GroupedQueryAttention {
-    /// Query, key and value of the positions of `x`.
-    fn heads(&self, x: Tensor<3>, context: &Context) -> [Tensor<4>; 3] {
+    /// Query, key and value of the positions of `x`, not turned.
+    fn heads(&self, x: Tensor<3>) -> [Tensor<4>; 3] {
         let [query, key, value] = project_all([&self.query, &self.key, &self.value], x);
         let query = split_heads(query, self.n_heads);
         let [key, value] = [key, value].map(|x| split_heads(x, self.n_kv_heads));
+        [query, key, value]
+    }
+
+    /// Turns what stands at `first_position` and later.
+    fn turn(&self, [query, key]: [Tensor<4>; 2], first_position: usize) -> [Tensor<4>; 2] {
         match &self.rotary {
-            Some(rotary) => {
-                let first = context.lengths.first_position;
-                let [query, key] = rotary.forward_all([query, key], first);
-                [query, key, value]
-            }
-            None => [query, key, value],
+            Some(rotary) => rotary.forward_all([query, key], first_position),
+            None => [query, key],
         }
+    }
+
+    /// A rotary embedding whose keys cannot be cached after their rotation.
+    fn rotary_by_length(&self) -> Option<&RotaryConfig> {
+        let rotary = self.rotary.as_ref();
+        rotary.filter(|rotary| rotary.scaling.changes_with_length())
     }
 }
 
@@ -189,15 +204,27 @@ impl SequenceMixer for GroupedQueryAttention {
     type Cache = KvCache;
 
     fn forward(&self, x: Tensor<3>, context: &Context) -> Tensor<3> {
-        let heads = self.heads(x, context);
-        self.scores.attend(heads, &self.output, context)
+        let [query, key, value] = self.heads(x);
+        let [query, key] = self.turn([query, key], context.lengths.first_position);
+        self.scores
+            .attend([query, key, value], &self.output, context)
     }
 
     fn forward_cached(&self, x: Tensor<3>, context: &Context, cache: &mut KvCache) -> Tensor<3> {
-        let [query, key, value] = self.heads(x, context);
-        let (key, value) = cache.append(key, value);
-        self.scores
-            .attend([query, key, value], &self.output, context)
+        let first_position = context.lengths.first_position;
+        let [query, key, value] = self.heads(x);
+        let heads = if let Some(rotary) = self.rotary_by_length() {
+            let (key, value) = cache.append(key, value);
+            let [.., seq_length, _] = key.dims();
+            let [query] = rotate([query], &rotary.rotation(first_position, seq_length));
+            let [key] = rotate([key], &rotary.rotation(0, seq_length));
+            [query, key, value]
+        } else {
+            let [query, key] = self.turn([query, key], first_position);
+            let (key, value) = cache.append(key, value);
+            [query, key, value]
+        };
+        self.scores.attend(heads, &self.output, context)
     }
 
     fn new_cache(&self, capacity: usize) -> KvCache {

@@ -10,11 +10,13 @@ use crate::{AttendOptions, ScoreCap, attend};
 pub(crate) struct Scores {
     pub(crate) pattern: Pattern,
     pub(crate) dropout: f64,
+    pub(crate) scale: Option<f64>,
     pub(crate) cap: ScoreCap,
+    pub(crate) alibi: Option<Vec<f64>>,
 }
 
 impl Scores {
-    pub(crate) fn validate(&self) -> Result<(), InvalidConfig> {
+    pub(crate) fn validate(&self, n_heads: usize) -> Result<(), InvalidConfig> {
         self.pattern
             .validate()
             .map_err(|source| InvalidConfig::Pattern {
@@ -22,14 +24,43 @@ impl Scores {
                 source,
             })?;
         self.cap.validate()?;
+        self.validate_alibi(n_heads)?;
+        let scale = self.scale.unwrap_or(1.0);
+        if !(scale > 0.0 && scale.is_finite()) {
+            return Err(InvalidConfig::Range {
+                field: "scale",
+                range: "above 0 and finite",
+                value: scale,
+            });
+        }
         InvalidConfig::require_rate("dropout", self.dropout)
+    }
+
+    fn validate_alibi(&self, n_heads: usize) -> Result<(), InvalidConfig> {
+        let Some(slopes) = &self.alibi else {
+            return Ok(());
+        };
+        let refused = |range, value| {
+            Err(InvalidConfig::Range {
+                field: "alibi",
+                range,
+                value,
+            })
+        };
+        if slopes.len() != n_heads {
+            return refused("one slope a head", slopes.len() as f64);
+        }
+        match slopes.iter().find(|slope| !slope.is_finite()) {
+            Some(slope) => refused("finite", *slope),
+            None => Ok(()),
+        }
     }
 
     /// Attends with every head and projects the joined heads.
     ///
     /// # Panics
     ///
-    /// If the pattern does not fit the lengths.
+    /// If the pattern, or the context's bias, does not fit the lengths.
     pub(crate) fn attend(
         &self,
         [query, key, value]: [Tensor<4>; 3],
@@ -42,7 +73,10 @@ impl Scores {
             Err(error) => panic!("pattern: {error}"),
         };
         let options = AttendOptions {
+            scale: self.scale,
             cap: self.cap,
+            alibi: self.alibi.clone(),
+            bias: context.bias.clone(),
             dropout: self.dropout,
             dropout_key: context.dropout_key,
             ..AttendOptions::default()

@@ -31,9 +31,14 @@ pub struct MultiHeadAttentionConfig {
     /// Dropout on the attention weights. Default: 0.
     #[config(default = 0.0)]
     pub dropout: f64,
+    /// Factor of the products of queries and keys. Default: `1 / sqrt(d_head)`; T5 has 1.
+    pub scale: Option<f64>,
     /// Bound on the scores. Default: none.
     #[config(default = "ScoreCap::None")]
     pub cap: ScoreCap,
+    /// ALiBi: what a score loses for each step between query and key, one slope a query head;
+    /// [`alibi_slopes`](emberlm_core::alibi_slopes) gives the published ones. Default: none.
+    pub alibi: Option<Vec<f64>>,
     /// Which keys a query sees. Default: all.
     #[config(default = "Pattern::full()")]
     pub pattern: Pattern,
@@ -44,7 +49,8 @@ impl MultiHeadAttentionConfig {
     ///
     /// # Errors
     ///
-    /// A zero, heads that do not divide the width, an impossible pattern, or a dropout rate outside `[0, 1)`.
+    /// A zero, heads that do not divide the width, an impossible pattern, scale or slope, not one slope a head, or a
+    /// dropout rate outside `[0, 1)`.
     pub fn validate(&self) -> Result<(), InvalidConfig> {
         let Self {
             d_model, n_heads, ..
@@ -57,7 +63,7 @@ impl MultiHeadAttentionConfig {
         if !d_model.is_multiple_of(n_heads) {
             return Err(InvalidConfig::HeadWidth { d_model, n_heads });
         }
-        self.scores().validate()
+        self.scores().validate(n_heads)
     }
 
     /// Makes the module.
@@ -87,7 +93,9 @@ impl MultiHeadAttentionConfig {
         Scores {
             pattern: self.pattern.clone(),
             dropout: self.dropout,
+            scale: self.scale,
             cap: self.cap,
+            alibi: self.alibi.clone(),
         }
     }
 }

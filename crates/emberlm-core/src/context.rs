@@ -2,11 +2,13 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use burn::tensor::Tensor;
+
 use crate::{BatchData, BlockSizes, Lengths, Pattern, PatternError, RandomKey, Schedule};
 
 /// What the stack tells every layer: how long the sequences are and where they begin, what the batch brings (padding,
-/// documents, global tokens), and the random key of this step. New kinds of information become new fields, so that no
-/// signature of a layer changes.
+/// documents, global tokens), the random key of this step, and a bias of the scores. New kinds of information become
+/// new fields, so that no signature of a layer changes.
 ///
 /// ```
 /// use emberlm_core::{Context, Lengths, Pattern};
@@ -23,6 +25,10 @@ pub struct Context {
     pub lengths: Lengths,
     /// Source of randomness of this layer in this step; nothing outside training, which turns dropout off.
     pub dropout_key: Option<RandomKey>,
+    /// Added to the scores of every attention layer that is given this context, as T5's layers share a
+    /// [`RelativeBias`](crate::RelativeBias); gets a gradient. Attention to another sequence has a context of its own.
+    /// Shape: `[batch_size or 1, n_heads or 1, query_length, key_length]`.
+    pub bias: Option<Tensor<4>>,
     data: Arc<BatchData>,
     schedules: Arc<Mutex<Vec<Compiled>>>,
 }
@@ -42,6 +48,7 @@ impl Context {
         Self {
             lengths: lengths.with_batch_size(1),
             dropout_key: None,
+            bias: None,
             data: Arc::new(BatchData::new()),
             schedules: Arc::default(),
         }
@@ -59,6 +66,12 @@ impl Context {
     /// Turns dropout on, drawn from `key`.
     pub fn with_dropout_key(mut self, key: Option<RandomKey>) -> Self {
         self.dropout_key = key;
+        self
+    }
+
+    /// Adds a bias to the scores.
+    pub fn with_bias(mut self, bias: Option<Tensor<4>>) -> Self {
+        self.bias = bias;
         self
     }
 

@@ -48,7 +48,9 @@ pub use pattern::{
     PatternError, Picture, RandomBlocks, Reach, Strided, Window,
 };
 pub use positions::{
-    LearnedPositions, LearnedPositionsConfig, RotaryConfig, RotaryLayout, sinusoidal_positions,
+    LearnedPositions, LearnedPositionsConfig, LongRopeScaling, RelativeBias, RelativeBiasConfig,
+    RotaryConfig, RotaryLayout, RotaryScaling, YarnScaling, alibi_slopes, relative_bucket,
+    sinusoidal_positions,
 };
 pub use random::RandomKey;
 pub use sampling::{InvalidSampling, SampleError, Sampler, SamplingConfig};

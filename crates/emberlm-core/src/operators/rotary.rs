@@ -8,7 +8,8 @@ use emberlm_kernels::{
 use super::Implementation;
 use crate::RotaryLayout;
 
-/// How rotary positions turn a head: pair `i` of the components of position `t` by the angle `t frequencies[i]`.
+/// How rotary positions turn a head: pair `i` of the components of position `t` by the angle `t frequencies[i]`, and
+/// times a factor.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rotation {
     /// In radians a position, one for each pair; components behind the pairs stay as they are.
@@ -17,9 +18,12 @@ pub struct Rotation {
     pub layout: RotaryLayout,
     /// Position of the first row.
     pub first_position: usize,
+    /// Factor of the turned components, 1 for a rotation alone. YaRN and LongRoPE have another.
+    pub attention_factor: f64,
 }
 
-/// Turns queries, keys or both. The backward pass turns the gradients back.
+/// Turns queries, keys or both: `(a, b)` becomes `m (a cos - b sin, b cos + a sin)`, with the attention factor `m`. The
+/// backward pass turns the gradients back, times the same factor.
 ///
 /// Su et al. 2021, equation 34, <https://arxiv.org/abs/2104.09864>. Any scaling of positions or frequencies is a choice
 /// of [`Rotation::frequencies`]; with fewer pairs than half the width only the first components are turned.
@@ -63,8 +67,8 @@ pub fn rotate_by<const N: usize>(
 }
 
 impl Rotation {
-    /// Cosines and sines, each `[seq_length, n_pairs]`, in f64. Those of position `64 a + b` are made of those of `64 a`
-    /// and of `b`.
+    /// Cosines and sines times the factor, each `[seq_length, n_pairs]`, in f64. Those of position `64 a + b` are made of
+    /// those of `64 a` and of `b`.
     fn tables(&self, seq_length: usize) -> [Vec<f64>; 2] {
         const STEP: usize = 64;
         let of_positions = |positions: &mut dyn Iterator<Item = usize>| -> Vec<(f64, f64)> {
@@ -75,7 +79,12 @@ impl Rotation {
             angles.collect()
         };
         let (first, n_pairs) = (self.first_position, self.frequencies.len());
-        let coarse = of_positions(&mut (0..seq_length.div_ceil(STEP)).map(|a| first + STEP * a));
+        let mut coarse =
+            of_positions(&mut (0..seq_length.div_ceil(STEP)).map(|a| first + STEP * a));
+        for (sin, cos) in &mut coarse {
+            *sin *= self.attention_factor;
+            *cos *= self.attention_factor;
+        }
         let fine = of_positions(&mut (0..STEP.min(seq_length)));
         let n = seq_length * n_pairs;
         let mut tables = [Vec::with_capacity(n), Vec::with_capacity(n)];
@@ -168,7 +177,7 @@ impl Rotation {
     }
 }
 
-/// Cosines and sines of the longest input, each `[seq_length, n_pairs]`.
+/// Cosines and sines times the factor, of the longest input, each `[seq_length, n_pairs]`.
 #[derive(Debug)]
 struct Tables<R> {
     cos: Vec<R>,
@@ -197,7 +206,7 @@ impl Operator for Turn {
     }
 
     fn backward<E: Stored>(&self, pass: &Pass<'_, E, Tables<E::Real>>) -> Vec<Gradient<E>> {
-        // Back by the same angles.
+        // Back by the same angles. The transpose of a rotation times a factor has the same factor.
         let back = Tables {
             cos: pass.saved.cos.clone(),
             sin: pass.saved.sin.iter().map(|sin| -*sin).collect(),

@@ -2,6 +2,7 @@
 
 use burn::{config::Config, tensor::Tensor};
 
+use super::{RotaryScaling, rotary_scaling::require};
 use crate::{
     InvalidConfig,
     operators::{Rotation, rotate},
@@ -19,7 +20,21 @@ pub enum RotaryLayout {
 /// Rotary embeddings: each pair of components at position `t` is turned by the angle `t theta^(-2i/d)`.
 ///
 /// Su et al. 2021, equation 34, <https://arxiv.org/abs/2104.09864>. The scores of a query and a key then depend on
-/// the difference of their positions alone.
+/// the difference of their positions alone. `d` is [`rotary_width`](Self::rotary_width): with
+/// [`d_rotary`](Self::d_rotary) only the first components of a head are turned, as in GPT-J, GPT-NeoX and Phi.
+/// [`scaling`](Self::scaling) changes the angles for sequences longer than the trained ones.
+///
+/// # Frequencies that change with the length
+///
+/// Those of [`RotaryScaling::DynamicNtk`] and [`RotaryScaling::LongRope`] are a function of the length of the sequence
+/// so far: the position of the last token of a pass, plus one. Nothing is remembered between passes. A cache that holds
+/// turned keys would mix angles of several lengths, so attention caches such keys as they are and turns all of them
+/// anew in each pass, as Peng et al. 2023 ask for in section 3.3, <https://arxiv.org/abs/2309.00071>. (transformers
+/// keeps the old rotation of dynamic keys, and drops the cache of Phi-3 when its factors change.)
+///
+/// Decoding with a cache then equals one pass over the whole up to the trained length. Beyond it no cache can: what
+/// earlier tokens became in the pass of their own length would change with every later one. A layer's outputs at the
+/// newest positions are those of a pass over the sequence so far.
 ///
 /// ```
 /// use burn::tensor::{Device, Tensor};
@@ -33,41 +48,75 @@ pub enum RotaryLayout {
 /// ```
 #[derive(Config, Debug, PartialEq)]
 pub struct RotaryConfig {
-    /// Width of a head; even.
+    /// Width of a head; even, unless [`d_rotary`](Self::d_rotary) is given.
     pub d_head: usize,
+    /// Number of components that are turned, the first ones of a head; even. Default: `d_head`.
+    pub d_rotary: Option<usize>,
     /// Base of the wavelengths. Default: 10,000.
     #[config(default = 10_000.0)]
     pub theta: f64,
     /// Which components form a pair. Default: half-split.
     #[config(default = "RotaryLayout::HalfSplit")]
     pub layout: RotaryLayout,
+    /// How the angles are changed for longer sequences. Default: not.
+    #[config(default = "RotaryScaling::None")]
+    pub scaling: RotaryScaling,
 }
 
 impl RotaryConfig {
-    /// Checks the fields.
+    /// Number of components that are turned: as given, or the whole head.
+    pub fn rotary_width(&self) -> usize {
+        self.d_rotary.unwrap_or(self.d_head)
+    }
+
+    /// Checks the fields against each other.
     ///
     /// # Errors
     ///
-    /// An odd or zero width, or a base that is not positive.
+    /// An odd or zero width, one that is wider than the head, a base that is not positive, or a scaling that is
+    /// impossible or does not fit the width.
     pub fn validate(&self) -> Result<(), InvalidConfig> {
-        InvalidConfig::require_positive(&[("d_head", self.d_head)])?;
-        if !self.d_head.is_multiple_of(2) {
+        let width = self.rotary_width();
+        let field = match self.d_rotary {
+            Some(_) => "d_rotary",
+            None => "d_head",
+        };
+        InvalidConfig::require_positive(&[("d_head", self.d_head), (field, width)])?;
+        if !width.is_multiple_of(2) {
             return Err(InvalidConfig::OddWidth {
-                field: "d_head",
-                value: self.d_head,
+                field,
+                value: width,
             });
         }
-        if !(self.theta > 0.0 && self.theta.is_finite()) {
-            return Err(InvalidConfig::Range {
-                field: "theta",
-                range: "positive",
-                value: self.theta,
-            });
-        }
-        Ok(())
+        require(field, "at most d_head", width as f64, width <= self.d_head)?;
+        let holds = self.theta > 0.0 && self.theta.is_finite();
+        require("theta", "positive", self.theta, holds)?;
+        self.scaling.validate(width, self.theta)
     }
 
-    /// Turns queries or keys that stand at `first_position` and later.
+    /// The frequency of each pair in a sequence of `seq_length`, in radians a position; the length matters only if
+    /// [`RotaryScaling::changes_with_length`].
+    pub fn frequencies(&self, seq_length: usize) -> Vec<f64> {
+        self.scaling
+            .frequencies(self.rotary_width(), self.theta, seq_length)
+    }
+
+    /// Factor of the turned components, 1 unless [`scaling`](Self::scaling) has one.
+    pub fn attention_factor(&self) -> f64 {
+        self.scaling.attention_factor()
+    }
+
+    /// The rotation of rows from `first_position` on, in a sequence of `seq_length`.
+    pub fn rotation(&self, first_position: usize, seq_length: usize) -> Rotation {
+        Rotation {
+            frequencies: self.frequencies(seq_length),
+            layout: self.layout,
+            first_position,
+            attention_factor: self.attention_factor(),
+        }
+    }
+
+    /// Turns queries or keys that stand at `first_position` and later; the last one ends the sequence.
     ///
     /// # Shapes
     ///
@@ -81,7 +130,7 @@ impl RotaryConfig {
         x
     }
 
-    /// [`forward`](Self::forward) of queries and keys together.
+    /// [`forward`](Self::forward) of queries and keys together; the longest ends the sequence.
     ///
     /// # Panics
     ///
@@ -91,20 +140,16 @@ impl RotaryConfig {
         xs: [Tensor<4>; N],
         first_position: usize,
     ) -> [Tensor<4>; N] {
+        let mut longest = 0;
         for x in &xs {
-            let [.., d_head] = x.dims();
+            let [.., length, d_head] = x.dims();
             assert_eq!(
                 d_head, self.d_head,
                 "d_head: the input has {d_head} components, the rotary embedding {}",
                 self.d_head
             );
+            longest = longest.max(length);
         }
-        let frequency = |pair| self.theta.powf(-2.0 * pair as f64 / self.d_head as f64);
-        let rotation = Rotation {
-            frequencies: (0..self.d_head / 2).map(frequency).collect(),
-            layout: self.layout,
-            first_position,
-        };
-        rotate(xs, &rotation)
+        rotate(xs, &self.rotation(first_position, first_position + longest))
     }
 }

@@ -18,6 +18,15 @@ fn rotation(layout: RotaryLayout, n_pairs: usize, first_position: usize) -> Rota
         frequencies: (0..n_pairs).map(frequency).collect(),
         layout,
         first_position,
+        attention_factor: 1.0,
+    }
+}
+
+/// As YaRN has it.
+fn with_factor(rotation: Rotation) -> Rotation {
+    Rotation {
+        attention_factor: 1.3,
+        ..rotation
     }
 }
 
@@ -36,9 +45,12 @@ fn all_widths_and_numbers_of_pairs() {
                 if 2 * n_pairs > d_head {
                     continue;
                 }
-                let rotation = rotation(layout, n_pairs, 3);
-                let case = format!("{layout:?}, {n_pairs} pairs of {d_head}");
-                check(&case, |pass| one(pass, [2, 3, 5, d_head], &rotation));
+                let plain = rotation(layout, n_pairs, 3);
+                for rotation in [plain.clone(), with_factor(plain)] {
+                    let factor = rotation.attention_factor;
+                    let case = format!("{layout:?}, {n_pairs} pairs of {d_head} times {factor}");
+                    check(&case, |pass| one(pass, [2, 3, 5, d_head], &rotation));
+                }
             }
         }
     }
@@ -60,11 +72,19 @@ fn all_lengths_and_positions() {
 #[test]
 fn gradients_are_slopes() {
     for layout in LAYOUTS {
-        for dims in [[1, 1, 1, 1], [2, 3, 5, 6], [1, 2, 3, 7]] {
-            let rotation = rotation(layout, dims[3] / 2, 7);
-            check_all(&format!("{layout:?} {dims:?}"), |pass| {
-                one(pass, dims, &rotation)
-            });
+        // The last turns 4 of 9 components.
+        for (dims, n_pairs) in [
+            ([1, 1, 1, 1], 0),
+            ([2, 3, 5, 6], 3),
+            ([1, 2, 3, 7], 3),
+            ([1, 2, 3, 9], 2),
+        ] {
+            let plain = rotation(layout, n_pairs, 7);
+            for rotation in [plain.clone(), with_factor(plain)] {
+                check_all(&format!("{dims:?} {rotation:?}"), |pass| {
+                    one(pass, dims, &rotation)
+                });
+            }
         }
     }
 }
@@ -86,7 +106,7 @@ fn several(pass: &mut Pass, rotation: &Rotation, used: [bool; 3]) {
 #[test]
 fn several_inputs() {
     for layout in LAYOUTS {
-        let rotation = rotation(layout, 4, 2);
+        let rotation = with_factor(rotation(layout, 4, 2));
         for used in [
             [true; 3],
             [true, false, false],
@@ -114,7 +134,15 @@ fn lengths_and_angles_are_kept() {
             ..there
         };
         let [same] = rotate([x.clone()], &nowhere);
-        assert_eq!(same.into_data(), x.into_data());
+        assert_eq!(same.into_data(), x.clone().into_data());
+        // A factor is one of the turned components, which are the first eight.
+        let doubled = Rotation {
+            attention_factor: 2.0,
+            ..nowhere
+        };
+        let [twice] = rotate([x.clone()], &doubled);
+        let expected = Tensor::cat(vec![x.clone().narrow(3, 0, 8) * 2.0, x.narrow(3, 8, 1)], 3);
+        assert_eq!(twice.into_data(), expected.into_data());
     }
 }
 
@@ -128,7 +156,7 @@ fn no_rows() {
 #[test]
 fn sixteen_bits() {
     for layout in LAYOUTS {
-        let rotation = rotation(layout, 4, 2);
+        let rotation = with_factor(rotation(layout, 4, 2));
         check_sixteen_bits(&format!("{layout:?}"), 0.5, |pass| {
             several(pass, &rotation, [true; 3])
         });
@@ -138,7 +166,7 @@ fn sixteen_bits() {
 #[test]
 fn bits_are_always_the_same() {
     for layout in LAYOUTS {
-        let rotation = rotation(layout, 16, 2);
+        let rotation = with_factor(rotation(layout, 16, 2));
         check_bits(&format!("{layout:?}"), |pass| {
             one(pass, [3, 4, 100, 33], &rotation)
         });
@@ -154,8 +182,12 @@ proptest! {
         pairs in any::<prop::sample::Index>(),
         first_position in 0..5000_usize,
         layout in prop::sample::select(&LAYOUTS),
+        attention_factor in prop::sample::select(&[1.0, 0.7, 1.3]),
     ) {
-        let rotation = rotation(layout, pairs.index(d_head / 2 + 1), first_position);
+        let rotation = Rotation {
+            attention_factor,
+            ..rotation(layout, pairs.index(d_head / 2 + 1), first_position)
+        };
         let dims = [batch_size, n_heads, seq_length, d_head];
         check(&format!("{dims:?} {rotation:?}"), |pass| one(pass, dims, &rotation));
     }
