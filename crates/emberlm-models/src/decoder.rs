@@ -12,10 +12,10 @@ use emberlm_attention::{
 };
 use emberlm_core::{
     Activation, BatchData, CachedModel, CausalModel, Context, CrossEntropy, CrossEntropyConfig,
-    FeedForward, FeedForwardConfig, GatedMlp, Gpt2Init, InvalidConfig, KvCache, LearnedPositions,
-    LearnedPositionsConfig, Lengths, Mlp, Norm, NormConfig, NormPlacement, Pattern, PatternError,
-    RandomKey, ResidualBlock, ResidualBlockConfig, ResidualStream, RotaryConfig, RotaryLayout,
-    SequenceMixer, assert_valid, dropout,
+    DecodingCache, FeedForward, FeedForwardConfig, GatedMlp, Gpt2Init, InvalidConfig, KvCache,
+    LearnedPositions, LearnedPositionsConfig, Lengths, Mlp, Norm, NormConfig, NormPlacement,
+    Pattern, PatternError, RandomKey, ResidualBlock, ResidualBlockConfig, ResidualStream,
+    RotaryConfig, RotaryLayout, SequenceMixer, assert_valid, dropout,
     operators::{Projection, embed, projected_cross_entropy},
     sinusoidal_positions,
 };
@@ -378,23 +378,48 @@ pub struct Decoder {
 #[derive(Clone, Debug)]
 pub struct DecoderCache {
     layers: Vec<KvCache>,
+    /// Of each row, where any has some.
+    padding: Option<Vec<usize>>,
 }
 
-impl DecoderCache {
-    /// Number of positions held.
-    pub fn len(&self) -> usize {
+impl DecodingCache for DecoderCache {
+    fn len(&self) -> usize {
         self.layers.first().map_or(0, KvCache::len)
     }
 
-    /// Whether nothing is held yet.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// Forgets all but the first `len` positions.
-    pub fn truncate(&mut self, len: usize) {
+    fn truncate(&mut self, len: usize) {
         self.layers.iter_mut().for_each(|layer| layer.truncate(len));
     }
+
+    fn batch_size(&self) -> Option<usize> {
+        let padded = self.padding.as_ref().map(Vec::len);
+        padded.or_else(|| self.layers.first().and_then(KvCache::batch_size))
+    }
+
+    fn select(&mut self, rows: &[usize]) {
+        self.layers.iter_mut().for_each(|layer| layer.select(rows));
+        if let Some(padding) = self.padding.take() {
+            self.padding = padding_of(rows.iter().map(|row| padding[*row]));
+        }
+    }
+
+    fn set_padding(&mut self, padding: &[usize]) {
+        assert!(
+            self.is_empty(),
+            "padding: {} positions are in the cache, padding comes before the first",
+            self.len()
+        );
+        if let Some(batch_size) = self.batch_size() {
+            assert_eq!(padding.len(), batch_size, "batch_size: rows of the padding");
+        }
+        self.padding = padding_of(padding.iter().copied());
+    }
+}
+
+/// Rows without padding need no data of the batch.
+fn padding_of(rows: impl Iterator<Item = usize>) -> Option<Vec<usize>> {
+    let padding: Vec<usize> = rows.collect();
+    padding.iter().any(|n| *n > 0).then_some(padding)
 }
 
 // Parts of the model's random key: the embedding, then the blocks from here on.
@@ -446,14 +471,29 @@ impl Decoder {
     fn embed(&self, tokens: Tensor<2, Int>, context: &Context) -> Tensor<3> {
         let [_, seq_length] = tokens.dims();
         let first_position = context.lengths.first_position;
-        let positions = self.positions.as_ref();
-        let positions = positions.map(|positions| (positions.weight.val(), first_position));
-        let x = embed(self.tokens.weight.val(), tokens, positions);
+        let of_rows = context.row_positions(&tokens.device());
+        let table = self.tokens.weight.val();
+        let x = match (&self.positions, &of_rows) {
+            (Some(learned), Some(of_rows)) => {
+                embed(table, tokens, None) + embed(learned.weight.val(), of_rows.clone(), None)
+            }
+            (Some(learned), None) => {
+                embed(table, tokens, Some((learned.weight.val(), first_position)))
+            }
+            (None, _) => embed(table, tokens, None),
+        };
         let x = if self.sinusoidal {
             let [_, _, d_model] = x.dims();
             let (dtype, device) = (x.dtype(), x.device());
-            let table = sinusoidal_positions(first_position, seq_length, d_model, dtype, &device);
-            x * (d_model as f64).sqrt() + table
+            let sinusoids = |first, n| sinusoidal_positions(first, n, d_model, dtype, &device);
+            let positions = match of_rows {
+                Some(of_rows) => {
+                    let all = sinusoids(0, context.lengths.query_end());
+                    embed(all.squeeze_dim(0), of_rows, None)
+                }
+                None => sinusoids(first_position, seq_length),
+            };
+            x * (d_model as f64).sqrt() + positions
         } else {
             x
         };
@@ -505,6 +545,7 @@ impl CachedModel for Decoder {
                 .iter()
                 .map(|block| block.mixer.new_cache(capacity))
                 .collect(),
+            padding: None,
         }
     }
 
@@ -513,7 +554,10 @@ impl CachedModel for Decoder {
         let first_position = cache.len();
         let lengths = Lengths::new(seq_length, first_position + seq_length)
             .with_first_position(first_position);
-        let context = Context::new(lengths);
+        let mut context = Context::new(lengths);
+        if let Some(padding) = &cache.padding {
+            context = context.with_left_padding(padding);
+        }
         let mut stream = ResidualStream::new(self.embed(tokens, &context));
         for (block, cache) in self.blocks.iter().zip(&mut cache.layers) {
             stream = block.forward_stream_cached(stream, &context, cache);
