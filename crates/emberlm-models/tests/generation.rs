@@ -89,7 +89,7 @@ fn padded_rows_have_the_scores_that_they_have_alone() {
                 let rows: Vec<&[u32]> = rows.iter().map(|row| &row[range.clone()]).collect();
                 tokens(&rows, &device)
             };
-            let parts = [0..5, 5..6, 6..7].map(|range| columns(range));
+            let parts = [0..5, 5..6, 6..7].map(columns);
             let scores = parts.map(|part| model.forward_cached(part, &mut cache));
             let scores = Tensor::cat(scores.to_vec(), 1);
             for (i, text) in TEXTS.iter().enumerate() {
