@@ -9,6 +9,7 @@ use burn::{
 use emberlm_core::{
     Context, CrossMixer, InvalidConfig, KvCache, Pattern, SequenceMixer, assert_valid,
     operators::{project, project_all},
+    select_rows,
 };
 
 use crate::{
@@ -138,6 +139,23 @@ pub struct MultiHeadAttention {
 pub struct CrossCache {
     key: Tensor<4>,
     value: Tensor<4>,
+}
+
+impl CrossCache {
+    /// Number of sources.
+    pub fn batch_size(&self) -> usize {
+        self.key.dims()[0]
+    }
+
+    /// Row `i` becomes what row `rows[i]` was, as in [`KvCache::select`].
+    ///
+    /// # Panics
+    ///
+    /// If there is no such row.
+    pub fn select(&mut self, rows: &[usize]) {
+        self.key = select_rows(self.key.clone(), rows);
+        self.value = select_rows(self.value.clone(), rows);
+    }
 }
 
 impl MultiHeadAttention {

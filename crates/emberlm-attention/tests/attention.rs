@@ -309,6 +309,24 @@ fn cross_attention_reads_another_sequence_and_caches_it() {
 }
 
 #[test]
+fn selected_rows_of_a_source_are_those_rows() {
+    let device = device();
+    let attention = MultiHeadAttentionConfig::new(12, 3).init(&device);
+    let x = random([3, 2, 12], 1, DType::F32, &device);
+    let source = random([2, 4, 12], 2, DType::F32, &device);
+    let context = Context::new(Lengths::new(2, 4));
+    let mut cache = attention.project_source(source.clone());
+    cache.select(&[1, 0, 1]);
+    assert_eq!(cache.batch_size(), 3);
+    let rows = [1, 0, 1].map(|row| source.clone().narrow(0, row, 1));
+    assert_close(
+        attention.forward_cross_cached(x.clone(), &cache, &context),
+        attention.forward_cross(x, Tensor::cat(rows.to_vec(), 0), &context),
+        1e-6,
+    );
+}
+
+#[test]
 fn configs_that_do_not_fit_are_refused() {
     assert!(matches!(
         MultiHeadAttentionConfig::new(10, 3).validate(),

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use burn::tensor::Tensor;
+use burn::tensor::{Device, Int, Tensor, TensorData};
 
 use crate::{BatchData, BlockSizes, Lengths, Pattern, PatternError, RandomKey, Schedule};
 
@@ -30,6 +30,7 @@ pub struct Context {
     /// Shape: `[batch_size or 1, n_heads or 1, query_length, key_length]`.
     pub bias: Option<Tensor<4>>,
     data: Arc<BatchData>,
+    left_padding: Option<Arc<[usize]>>,
     schedules: Arc<Mutex<Vec<Compiled>>>,
 }
 
@@ -50,6 +51,7 @@ impl Context {
             dropout_key: None,
             bias: None,
             data: Arc::new(BatchData::new()),
+            left_padding: None,
             schedules: Arc::default(),
         }
     }
@@ -61,6 +63,40 @@ impl Context {
         self.data = Arc::new(data);
         self.schedules = Arc::default();
         self
+    }
+
+    /// Hides the keys at the first `padding[row]` positions of each row, and lets the row's own positions count from
+    /// there. Takes the place of [`with_data`](Self::with_data).
+    pub fn with_left_padding(self, padding: &[usize]) -> Self {
+        let slots = 0..self.lengths.key_length;
+        let hidden = padding
+            .iter()
+            .map(|n| slots.clone().map(|slot| slot < *n).collect());
+        let data = BatchData::new().with_hidden_keys(hidden.collect());
+        Self {
+            left_padding: Some(padding.into()),
+            ..self.with_data(padding.len(), data)
+        }
+    }
+
+    /// The positions of the tokens of each row where rows are padded on the left: what schemes
+    /// of absolute positions look up. Padding stands at the row's first position. Relative schemes need nothing: they
+    /// do not change when all positions of a row do.
+    ///
+    /// # Shapes
+    ///
+    /// - output: `[batch_size, query_length]`
+    pub fn row_positions(&self, device: &Device) -> Option<Tensor<2, Int>> {
+        let padding = self.left_padding.as_ref()?;
+        let slots = self.lengths.first_position..self.lengths.query_end();
+        let shape = [padding.len(), slots.len()];
+        let positions = padding.iter().flat_map(|n| {
+            slots
+                .clone()
+                .map(move |slot| slot.saturating_sub(*n) as i64)
+        });
+        let positions = TensorData::new(positions.collect::<Vec<_>>(), shape);
+        Some(Tensor::from_data(positions, device))
     }
 
     /// Turns dropout on, drawn from `key`.
@@ -88,12 +124,18 @@ impl Context {
     ///
     /// # Errors
     ///
-    /// A pattern that does not fit the heads or the batch.
+    /// A pattern that does not fit the heads or the batch, or that depends on absolute positions where rows are padded
+    /// on the left.
     pub fn schedule(
         &self,
         pattern: &Pattern,
         n_heads: usize,
     ) -> Result<Arc<Schedule>, PatternError> {
+        if self.left_padding.is_some() && !pattern.is_shift_invariant() {
+            return Err(PatternError::LeftPadding {
+                pattern: pattern.to_string(),
+            });
+        }
         // A panic elsewhere leaves a list of whole entries.
         let mut schedules = self
             .schedules
@@ -166,6 +208,25 @@ mod tests {
         let context = Context::new(Lengths::square(3)).with_data(1, data);
         let schedule = context.schedule(&Pattern::causal(), 1).unwrap();
         assert_eq!(schedule.statistics().n_visible, 1 + 2 + 1);
+    }
+
+    #[test]
+    fn rows_count_their_positions_from_the_end_of_their_padding() {
+        let lengths = Lengths::new(2, 5).with_first_position(3);
+        let context = Context::new(lengths).with_left_padding(&[0, 2, 4]);
+        let positions = context.row_positions(&Device::flex()).unwrap().into_data();
+        let positions: Vec<i64> = positions.iter().collect();
+        assert_eq!(positions, [3, 4, 1, 2, 0, 0]);
+        let causal = context.schedule(&Pattern::causal(), 1).unwrap();
+        assert_eq!(causal.statistics().n_visible, (4 + 5) + (2 + 3) + 1);
+    }
+
+    #[test]
+    fn absolute_patterns_and_left_padding_exclude_each_other() {
+        let context = Context::new(Lengths::square(3)).with_left_padding(&[0, 1]);
+        let error = context.schedule(&(Pattern::causal() | Pattern::sinks(1)), 1);
+        let words = error.unwrap_err().to_string();
+        assert!(words.starts_with("causal | sinks:1 depends"), "{words}");
     }
 
     #[test]

@@ -24,20 +24,24 @@ pub mod operators;
 mod pattern;
 mod positions;
 mod random;
-mod sampling;
 mod schedule;
 mod text_stream;
 
 pub use activation::Activation;
 pub use batch::{IGNORED_TARGET, Source, TokenBatch};
 pub use block::{CrossInput, NormPlacement, ResidualBlock, ResidualBlockConfig, ResidualStream};
-pub use cache::KvCache;
+pub use cache::{DecodingCache, KvCache, select_rows};
 pub use context::Context;
 pub use dropout::dropout;
 pub use error::{InvalidConfig, assert_valid};
 pub use feed_forward::{FeedForwardConfig, GatedMlp, Mlp};
 pub use file::{replace_file, sync_folder_of};
-pub use generation::{GenerationError, Generator};
+pub use generation::{
+    BatchGenerator, BeamConfig, BeamSearch, EarlyStopping, ForbiddenTokens, ForcedFirstToken,
+    Generated, GenerationError, Generator, Hypothesis, InvalidSampling, LengthPenalty,
+    LogitProcessor, LogitProcessors, MinimumNewTokens, NoRepeatNGram, RepetitionPenalty,
+    SampleError, Sampler, SamplingConfig, log_probabilities, log_probabilities_from,
+};
 pub use init::{Gpt2Init, XavierInit};
 pub use loss::{CrossEntropy, CrossEntropyConfig};
 pub use mixer::{CrossMixer, FeedForward, NoCross, SequenceMixer};
@@ -53,6 +57,5 @@ pub use positions::{
     sinusoidal_positions,
 };
 pub use random::RandomKey;
-pub use sampling::{InvalidSampling, SampleError, Sampler, SamplingConfig};
 pub use schedule::{BlockRows, BlockSizes, Layout, MaskTable, Part, Schedule, Span, Statistics};
 pub use text_stream::{InvalidStopStrings, StopStrings, Utf8Stream};

@@ -2,7 +2,7 @@
 
 use burn::tensor::{Int, Tensor};
 
-use crate::{CrossEntropy, CrossEntropyConfig, RandomKey, TokenBatch};
+use crate::{CrossEntropy, CrossEntropyConfig, DecodingCache, RandomKey, TokenBatch};
 
 /// A model that scores the next token at every position of a sequence.
 pub trait CausalModel {
@@ -31,19 +31,44 @@ pub trait LossModel {
     fn loss(&self, batch: TokenBatch, config: &CrossEntropyConfig) -> CrossEntropy;
 }
 
-/// A [`CausalModel`] that decodes step by step.
-pub trait CachedModel: CausalModel {
+/// A model that scores the next token step by step: the one trait that all of generation stands on.
+///
+/// A decoder implements it, and so does an encoder-decoder, for the tokens of its target: its cache then holds the
+/// projected source beside the target's keys and values, and is made by a method of its own that takes the source.
+/// [`Generator::from_cache`](crate::Generator::from_cache), [`BatchGenerator::from_cache`](crate::BatchGenerator::from_cache),
+/// [`BeamSearch::search_from`](crate::BeamSearch::search_from) and
+/// [`log_probabilities_from`](crate::log_probabilities_from) go on from such a cache.
+///
+/// One pass takes any number of new tokens and scores after each of them, and [`DecodingCache::truncate`] takes tokens
+/// back. Speculative decoding (Leviathan et al. 2022, <https://arxiv.org/abs/2211.17192>) is these two: a small model
+/// drafts `k` tokens, the large one scores all of them in one pass, and both caches are cut back to the last token that
+/// was accepted.
+pub trait CachedModel {
     /// State of the positions so far.
-    type Cache;
+    type Cache: DecodingCache;
 
     /// Longest sequence the model has positions for; nothing if it knows no limit.
     fn max_seq_length(&self) -> Option<usize>;
 
     /// An empty cache for `capacity` positions.
+    ///
+    /// # Panics
+    ///
+    /// If the model needs a source: then it has a method that takes one.
     fn new_cache(&self, capacity: usize) -> Self::Cache;
 
     /// Scores of the next token after each of the new positions, which are added to the cache.
     ///
-    /// Law: over a split sequence this equals [`CausalModel::forward`] over the whole.
+    /// # Shapes
+    ///
+    /// - `tokens`: `[batch_size, seq_length]`
+    /// - output: `[batch_size, seq_length, vocab_size]`, not normalised; what stands at padding means nothing
+    ///
+    /// Laws: over a split sequence this equals the pass over the whole, which is [`CausalModel::forward`] where a model
+    /// has it. A row that is padded ([`DecodingCache::set_padding`]) has the scores that it has alone without padding.
+    ///
+    /// # Panics
+    ///
+    /// If the cache is full, or the model cannot place tokens after padding.
     fn forward_cached(&self, tokens: Tensor<2, Int>, cache: &mut Self::Cache) -> Tensor<3>;
 }

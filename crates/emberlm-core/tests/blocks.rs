@@ -247,6 +247,26 @@ fn a_full_cache_says_so() {
 }
 
 #[test]
+fn selected_rows_of_a_cache_are_those_rows() {
+    let device = device();
+    let part = |seed, batch_size| random([batch_size, 2, 1, 2], seed, DType::F32, &device);
+    let mut cache = KvCache::new(3);
+    cache.select(&[4, 4]);
+    assert_eq!(cache.batch_size(), None);
+    cache.append(part(1, 3), part(2, 3));
+    cache.select(&[2, 0, 2, 1]);
+    assert_eq!((cache.batch_size(), cache.len()), (Some(4), 1));
+    let (keys, values) = cache.append(part(3, 4), part(4, 4));
+    let selected = |x: Tensor<4>| {
+        let rows = [2, 0, 2, 1].map(|row| x.clone().narrow(0, row, 1));
+        Tensor::cat(rows.to_vec(), 0)
+    };
+    let expected = |first, second| Tensor::cat(vec![selected(part(first, 3)), part(second, 4)], 2);
+    assert_close(keys, expected(1, 3), 0.0);
+    assert_close(values, expected(2, 4), 0.0);
+}
+
+#[test]
 fn a_truncated_cache_goes_on_from_there() {
     let device = device();
     let part = |seed| random([1, 2, 3, 2], seed, DType::F32, &device);

@@ -565,3 +565,43 @@ fn pictures() {
     assert_eq!(Pattern::full().to_text(0, 3).unwrap(), "");
     assert_eq!(Global::First(2).to_string(), "global:..2");
 }
+
+#[test]
+fn shift_invariant_patterns_are_those_that_a_shift_leaves_alone() {
+    let invariant = [
+        "full",
+        "causal",
+        "window:3",
+        "causal & dilated:2:3",
+        "strided:4",
+        "!causal",
+    ];
+    let absolute = [
+        "sinks:2",
+        "fixed:4:1",
+        "blockwise:3",
+        "global:1",
+        "causal & !sinks:2",
+        "random-past:2:1",
+    ];
+    let moved_is_same = |pattern: &Pattern| {
+        (1..6).all(|shift| {
+            (0..12).all(|query| {
+                let keys = keys_of(pattern, query, 12);
+                let moved = keys_of(pattern, query + shift, 12 + shift);
+                keys.into_iter()
+                    .map(|key| key + shift)
+                    .collect::<BTreeSet<_>>()
+                    == moved.into_iter().filter(|key| *key >= shift).collect()
+            })
+        })
+    };
+    for (words, expected) in [(invariant, true), (absolute, false)]
+        .into_iter()
+        .flat_map(|(all, expected)| all.map(|words| (words, expected)))
+    {
+        let pattern = parse(words);
+        assert_eq!(pattern.is_shift_invariant(), expected, "{words}");
+        assert_eq!(moved_is_same(&pattern), expected, "{words}");
+    }
+}

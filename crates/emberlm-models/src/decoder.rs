@@ -169,22 +169,21 @@ impl DecoderConfig {
     }
 
     fn stack(&self) -> StackConfig {
-        let d_head = self.d_model / self.n_heads.max(1);
         let pattern = match &self.pattern {
             None => Pattern::causal(),
             Some(pattern) => Pattern::causal() & pattern.clone(),
         };
-        StackConfig::new(self.n_layers, self.d_model, self.n_heads)
+        let stack = StackConfig::new(self.n_layers, self.d_model, self.n_heads)
             .with_n_kv_heads(self.n_kv_heads)
             .with_d_ff(self.d_ff)
-            .with_rotary(self.positions.rotary(d_head))
             .with_norm(self.norm.clone())
             .with_norm_placement(self.norm_placement)
             .with_feed_forward(self.feed_forward)
             .with_activation(self.activation)
             .with_bias(self.bias)
             .with_dropout(self.dropout)
-            .with_pattern(pattern)
+            .with_pattern(pattern);
+        self.positions.apply(stack, false)
     }
 }
 

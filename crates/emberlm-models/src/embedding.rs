@@ -8,18 +8,29 @@ use burn::{
 };
 use emberlm_core::{
     Context, InvalidConfig, LearnedPositions, LearnedPositionsConfig, Norm, NormConfig,
-    RotaryConfig, RotaryLayout, dropout,
+    RelativeBiasConfig, RotaryConfig, RotaryLayout, RotaryScaling, dropout,
     operators::{Projection, embed},
     sinusoidal_positions,
 };
 
+use crate::StackConfig;
+
 /// How the model knows where a token stands.
 #[derive(Config, Debug, PartialEq)]
 pub enum PositionsConfig {
+    /// It does not, but for what a causal pattern tells (Kazemnejad et al. 2023, <https://arxiv.org/abs/2305.19466>).
+    None,
     /// A learned vector a position, up to `max_seq_length` of them.
     Learned {
         /// Number of positions.
         max_seq_length: usize,
+    },
+    /// Learned vectors whose table has `offset` rows before that of position 0: OPT and BART have 2.
+    LearnedOffset {
+        /// Number of positions.
+        max_seq_length: usize,
+        /// Rows before position 0.
+        offset: usize,
     },
     /// Fixed sinusoids; the embedding is multiplied by `sqrt(d_model)` first, as in the paper.
     Sinusoidal,
@@ -30,26 +41,84 @@ pub enum PositionsConfig {
         /// Which components form a pair.
         layout: RotaryLayout,
     },
+    /// Queries and keys are rotated, in part or by frequencies that are scaled for longer sequences.
+    ScaledRotary {
+        /// Base of the wavelengths.
+        theta: f64,
+        /// Which components form a pair.
+        layout: RotaryLayout,
+        /// How many of a head's components are rotated; nothing means all.
+        d_rotary: Option<usize>,
+        /// How the frequencies are scaled.
+        scaling: RotaryScaling,
+    },
+    /// Scores fall with the distance.
+    Alibi,
+    /// A learned bias of the scores by distance, in buckets, one for all blocks.
+    RelativeBias {
+        /// Number of buckets. T5: 32.
+        n_buckets: usize,
+        /// Distances from here on share a bucket. T5: 128.
+        max_distance: usize,
+        /// Whether scores are scaled by `1 / sqrt(d_head)`, which T5's are not.
+        scaled: bool,
+    },
 }
 
 impl PositionsConfig {
     /// Longest sequence that has positions; nothing where positions know no limit.
     pub fn max_seq_length(&self) -> Option<usize> {
-        match self {
-            Self::Learned { max_seq_length } => Some(*max_seq_length),
-            Self::Sinusoidal | Self::Rotary { .. } => None,
+        self.learned().map(|(max_seq_length, _)| max_seq_length)
+    }
+
+    /// Number of learned positions, and of the rows before them.
+    fn learned(&self) -> Option<(usize, usize)> {
+        match *self {
+            Self::Learned { max_seq_length } => Some((max_seq_length, 0)),
+            Self::LearnedOffset {
+                max_seq_length,
+                offset,
+            } => Some((max_seq_length, offset)),
+            Self::None
+            | Self::Sinusoidal
+            | Self::Rotary { .. }
+            | Self::ScaledRotary { .. }
+            | Self::Alibi
+            | Self::RelativeBias { .. } => None,
         }
     }
 
-    /// The rotation of heads of this width, if positions are rotary.
-    pub(crate) fn rotary(&self, d_head: usize) -> Option<RotaryConfig> {
-        match *self {
-            Self::Rotary { theta, layout } => Some(
-                RotaryConfig::new(d_head)
-                    .with_theta(theta)
-                    .with_layout(layout),
-            ),
-            Self::Learned { .. } | Self::Sinusoidal => None,
+    /// Gives a stack what of the positions is its; `bidirectional` where queries see later keys.
+    pub(crate) fn apply(&self, stack: StackConfig, bidirectional: bool) -> StackConfig {
+        let rotary = RotaryConfig::new(stack.d_model / stack.n_heads.max(1));
+        match self {
+            Self::Rotary { theta, layout } => {
+                stack.with_rotary(Some(rotary.with_theta(*theta).with_layout(*layout)))
+            }
+            Self::ScaledRotary {
+                theta,
+                layout,
+                d_rotary,
+                scaling,
+            } => {
+                let rotary = rotary.with_theta(*theta).with_layout(*layout);
+                let rotary = rotary.with_d_rotary(*d_rotary).with_scaling(scaling.clone());
+                stack.with_rotary(Some(rotary))
+            }
+            Self::Alibi => stack.with_alibi(true),
+            Self::RelativeBias {
+                n_buckets,
+                max_distance,
+                scaled,
+            } => {
+                let bias = RelativeBiasConfig::new(stack.n_heads)
+                    .with_n_buckets(*n_buckets)
+                    .with_max_distance(*max_distance)
+                    .with_bidirectional(bidirectional);
+                let scale = (!scaled).then_some(1.0);
+                stack.with_relative_bias(Some(bias)).with_scale(scale)
+            }
+            Self::None | Self::Learned { .. } | Self::LearnedOffset { .. } | Self::Sinusoidal => stack,
         }
     }
 }
@@ -114,11 +183,14 @@ impl TokenEmbeddingConfig {
                 .with_initializer(initializer)
                 .init(device)
         };
-        let longest = self.positions.max_seq_length();
+        let learned = self.positions.learned().map(|(max_seq_length, offset)| {
+            LearnedPositionsConfig::new(max_seq_length, self.d_model)
+                .with_offset(offset)
+                .init(device)
+        });
         TokenEmbedding {
             tokens: table(self.vocab_size),
-            positions: longest
-                .map(|longest| LearnedPositionsConfig::new(longest, self.d_model).init(device)),
+            positions: learned,
             types: (self.n_types > 0).then(|| table(self.n_types)),
             norm: (self.norm.as_ref()).map(|norm| norm.init(self.d_model, device)),
             sinusoidal: self.positions == PositionsConfig::Sinusoidal,
@@ -161,24 +233,12 @@ impl TokenEmbedding {
         types: Option<Tensor<2, Int>>,
         context: &Context,
     ) -> Tensor<3> {
-        let [_, seq_length] = tokens.dims();
-        let first_position = context.lengths.first_position;
-        let positions = self.positions.as_ref();
-        let positions = positions.map(|positions| (positions.weight.val(), first_position));
-        let x = embed(self.tokens.weight.val(), tokens, positions);
+        let x = self.look_up(tokens, context);
         let x = match (&self.types, types) {
             (Some(table), Some(types)) => x + embed(table.weight.val(), types, None),
             (Some(table), None) => x + table.weight.val().narrow(0, 0, 1).unsqueeze(),
             (None, None) => x,
             (None, Some(_)) => panic!("types: the model has no token types"),
-        };
-        let x = if self.sinusoidal {
-            let [_, _, d_model] = x.dims();
-            let (dtype, device) = (x.dtype(), x.device());
-            let table = sinusoidal_positions(first_position, seq_length, d_model, dtype, &device);
-            x * (d_model as f64).sqrt() + table
-        } else {
-            x
         };
         let x = match &self.norm {
             Some(norm) => norm.forward(x),
@@ -187,10 +247,42 @@ impl TokenEmbedding {
         dropout(x, self.dropout, context.dropout_key)
     }
 
+    /// Tokens and positions. Rows that are padded on the left have positions of their own.
+    fn look_up(&self, tokens: Tensor<2, Int>, context: &Context) -> Tensor<3> {
+        let of_rows = context.row_positions(&tokens.device());
+        let first_position = context.lengths.first_position;
+        let table = self.tokens.weight.val();
+        if let Some(learned) = &self.positions {
+            let (positions, first_row) = (learned.weight.val(), learned.row(first_position));
+            return match of_rows {
+                Some(of_rows) => {
+                    let rows = of_rows + learned.row(0) as i64;
+                    embed(table, tokens, None) + embed(positions, rows, None)
+                }
+                None => embed(table, tokens, Some((positions, first_row))),
+            };
+        }
+        let x = embed(table, tokens, None);
+        if !self.sinusoidal {
+            return x;
+        }
+        let [_, seq_length, d_model] = x.dims();
+        let (dtype, device) = (x.dtype(), x.device());
+        let sinusoids = |first, n| sinusoidal_positions(first, n, d_model, dtype, &device);
+        let positions = match of_rows {
+            Some(of_rows) => {
+                let all = sinusoids(0, context.lengths.query_end());
+                embed(all.squeeze_dim(0), of_rows, None)
+            }
+            None => sinusoids(first_position, seq_length),
+        };
+        x * (d_model as f64).sqrt() + positions
+    }
+
     /// Longest sequence that has positions; nothing where positions know no limit.
     pub fn max_seq_length(&self) -> Option<usize> {
         let positions = self.positions.as_ref();
-        positions.map(|positions| positions.weight.lazy_shape()[0])
+        positions.map(LearnedPositions::max_seq_length)
     }
 
     /// The table as an output projection.

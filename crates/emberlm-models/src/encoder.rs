@@ -111,17 +111,16 @@ impl EncoderConfig {
     }
 
     fn stack(&self) -> StackConfig {
-        let d_head = self.d_model / self.n_heads.max(1);
-        StackConfig::new(self.n_layers, self.d_model, self.n_heads)
+        let stack = StackConfig::new(self.n_layers, self.d_model, self.n_heads)
             .with_d_ff(self.d_ff)
-            .with_rotary(self.positions.rotary(d_head))
             .with_norm(self.norm.clone())
             .with_norm_placement(self.norm_placement)
             .with_feed_forward(self.feed_forward)
             .with_activation(self.activation)
             .with_bias(self.bias)
             .with_dropout(self.dropout)
-            .with_pattern(self.pattern.clone())
+            .with_pattern(self.pattern.clone());
+        self.positions.apply(stack, true)
     }
 }
 

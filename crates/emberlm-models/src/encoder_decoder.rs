@@ -7,7 +7,7 @@ use burn::{
     tensor::{Device, Int, Tensor},
 };
 use emberlm_core::{
-    Activation, BatchData, Context, CrossEntropy, CrossEntropyConfig, InvalidConfig, Lengths,
+    Activation, BatchData, CachedModel, Context, CrossEntropy, CrossEntropyConfig, InvalidConfig, Lengths,
     LossModel, NormConfig, NormPlacement, Pattern, RandomKey, Source, TokenBatch, XavierInit,
     assert_valid, operators::Projection,
 };
@@ -93,7 +93,7 @@ impl EncoderDecoderConfig {
             embedding: self.embedding(self.vocab_size).init(device),
             source_embedding: (self.source_vocab_size)
                 .map(|vocab_size| self.embedding(vocab_size).init(device)),
-            encoder: self.stack(self.n_encoder_layers).init(device),
+            encoder: self.encoder().init(device),
             decoder: self.decoder().init(device),
             head: (!self.tied_embedding).then(|| {
                 LinearConfig::new(self.d_model, self.vocab_size)
@@ -110,10 +110,8 @@ impl EncoderDecoderConfig {
     }
 
     fn stack(&self, n_layers: usize) -> StackConfig {
-        let d_head = self.d_model / self.n_heads.max(1);
         StackConfig::new(n_layers, self.d_model, self.n_heads)
             .with_d_ff(self.d_ff)
-            .with_rotary(self.positions.rotary(d_head))
             .with_norm(self.norm.clone())
             .with_norm_placement(self.norm_placement)
             .with_final_norm(self.final_norm)
@@ -123,10 +121,17 @@ impl EncoderDecoderConfig {
             .with_dropout(self.dropout)
     }
 
+    fn encoder(&self) -> StackConfig {
+        let stack = self.stack(self.n_encoder_layers);
+        self.positions.apply(stack, true)
+    }
+
     fn decoder(&self) -> StackConfig {
-        self.stack(self.n_decoder_layers)
+        let stack = self.stack(self.n_decoder_layers);
+        let stack = stack
             .with_pattern(Pattern::causal())
-            .with_cross_attention(true)
+            .with_cross_attention(true);
+        self.positions.apply(stack, false)
     }
 }
 
@@ -238,6 +243,28 @@ impl EncoderDecoder {
             Some(head) => Projection::Columns(head.weight.val()),
             None => self.embedding.projection(),
         }
+    }
+}
+
+impl CachedModel for EncoderDecoder {
+    type Cache = StackCache;
+
+    fn max_seq_length(&self) -> Option<usize> {
+        self.embedding.max_seq_length()
+    }
+
+    /// # Panics
+    ///
+    /// Always: a cache begins with a source, see [`start`](EncoderDecoder::start).
+    fn new_cache(&self, _capacity: usize) -> StackCache {
+        panic!("source: an encoder-decoder begins with one, see EncoderDecoder::start")
+    }
+
+    fn forward_cached(&self, tokens: Tensor<2, Int>, cache: &mut StackCache) -> Tensor<3> {
+        let context = cache.context(tokens.dims()[1]);
+        let x = self.embedding.forward(tokens, None, &context);
+        let hidden = self.decoder.forward_cached(x, &context, cache);
+        self.projection().forward(hidden)
     }
 }
 

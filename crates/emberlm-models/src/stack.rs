@@ -10,9 +10,9 @@ use emberlm_attention::{
     MultiHeadAttentionConfig,
 };
 use emberlm_core::{
-    Activation, BatchData, Context, CrossInput, CrossMixer, FeedForward, FeedForwardConfig,
+    Activation, BatchData, Context, CrossInput, CrossMixer, DecodingCache, FeedForward, FeedForwardConfig,
     GatedMlp, InvalidConfig, KvCache, Lengths, Mlp, Norm, NormConfig, NormPlacement, Pattern,
-    ResidualBlock, ResidualBlockConfig, ResidualStream, RotaryConfig, SequenceMixer, assert_valid,
+    RelativeBias, RelativeBiasConfig, ResidualBlock, ResidualBlockConfig, ResidualStream, RotaryConfig, SequenceMixer, alibi_slopes, assert_valid,
 };
 
 /// The kind of feed-forward layer.
@@ -39,6 +39,13 @@ pub struct StackConfig {
     pub d_ff: Option<usize>,
     /// Rotary positions of queries and keys. Default: none.
     pub rotary: Option<RotaryConfig>,
+    /// Whether scores fall with the distance, by ALiBi's slopes. Default: false.
+    #[config(default = false)]
+    pub alibi: bool,
+    /// Relative bias of the scores, one for all blocks. Default: none.
+    pub relative_bias: Option<RelativeBiasConfig>,
+    /// Factor of the products of queries and keys. Default: `1 / sqrt(d_head)`.
+    pub scale: Option<f64>,
     /// Norm. Default: layer norm with bias, epsilon 1e-5.
     #[config(default = "NormConfig::Layer { epsilon: 1e-5, bias: true }")]
     pub norm: NormConfig,
@@ -85,6 +92,9 @@ impl StackConfig {
             ("n_heads", self.n_heads),
             ("d_ff", self.feed_forward_width()),
         ])?;
+        if let Some(bias) = &self.relative_bias {
+            bias.validate()?;
+        }
         self.grouped_query().validate()?;
         self.mlp().validate()?;
         self.block().validate()
@@ -100,6 +110,7 @@ impl StackConfig {
         let block = |_| {
             let cross = self.cross_attention.then(|| {
                 MultiHeadAttentionConfig::new(self.d_model, self.n_heads)
+                    .with_scale(self.scale)
                     .with_bias(self.bias)
                     .with_dropout(self.dropout)
                     .init(device)
@@ -112,7 +123,12 @@ impl StackConfig {
         Stack {
             blocks: (0..self.n_layers).map(block).collect(),
             norm: final_norm.then(|| self.norm.init(self.d_model, device)),
+            relative_bias: (self.relative_bias.as_ref()).map(|bias| bias.init(device)),
         }
+    }
+
+    fn slopes(&self) -> Option<Vec<f64>> {
+        self.alibi.then(|| alibi_slopes(self.n_heads))
     }
 
     fn block(&self) -> ResidualBlockConfig {
@@ -140,6 +156,8 @@ impl StackConfig {
         GroupedQueryAttentionConfig::new(self.d_model, self.n_heads)
             .with_n_kv_heads(self.n_kv_heads)
             .with_rotary(self.rotary.clone())
+            .with_alibi(self.slopes())
+            .with_scale(self.scale)
             .with_bias(self.bias)
             .with_dropout(self.dropout)
             .with_pattern(self.pattern.clone())
@@ -153,6 +171,8 @@ impl StackConfig {
         } else {
             Mixer::MultiHead(
                 MultiHeadAttentionConfig::new(self.d_model, self.n_heads)
+                    .with_alibi(self.slopes())
+                    .with_scale(self.scale)
                     .with_bias(self.bias)
                     .with_dropout(self.dropout)
                     .with_pattern(self.pattern.clone())
@@ -235,6 +255,8 @@ pub struct Stack {
     pub blocks: Vec<ResidualBlock<Mixer, FeedForwardLayer, MultiHeadAttention>>,
     /// The norm after the last block.
     pub norm: Option<Norm>,
+    /// The relative bias of all blocks' scores.
+    pub relative_bias: Option<RelativeBias>,
 }
 
 /// A source as a stack with cross-attention reads it: keys and values of every block, projected once.
@@ -245,34 +267,81 @@ pub struct StackSource {
     data: BatchData,
 }
 
+impl StackSource {
+    fn batch_size(&self) -> Option<usize> {
+        self.layers.first().map(CrossCache::batch_size)
+    }
+
+    fn select(&mut self, rows: &[usize]) {
+        self.layers.iter_mut().for_each(|layer| layer.select(rows));
+        self.data = self.data.select(rows);
+    }
+}
+
 /// Keys and values of all blocks, and the source if there is one.
 #[derive(Clone, Debug)]
 pub struct StackCache {
     layers: Vec<KvCache>,
     source: Option<StackSource>,
+    /// Of each row, where any has some.
+    padding: Option<Vec<usize>>,
 }
 
-impl StackCache {
-    /// Number of positions held.
-    pub fn len(&self) -> usize {
+impl DecodingCache for StackCache {
+    fn len(&self) -> usize {
         self.layers.first().map_or(0, KvCache::len)
     }
 
-    /// Whether nothing is held yet.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// Forgets all but the first `len` positions.
-    pub fn truncate(&mut self, len: usize) {
+    fn truncate(&mut self, len: usize) {
         self.layers.iter_mut().for_each(|layer| layer.truncate(len));
     }
 
+    fn batch_size(&self) -> Option<usize> {
+        let of_padding = self.padding.as_ref().map(Vec::len);
+        let of_source = self.source.as_ref().and_then(StackSource::batch_size);
+        let of_keys = self.layers.first().and_then(KvCache::batch_size);
+        of_padding.or(of_source).or(of_keys)
+    }
+
+    fn select(&mut self, rows: &[usize]) {
+        self.layers.iter_mut().for_each(|layer| layer.select(rows));
+        if let Some(source) = &mut self.source {
+            source.select(rows);
+        }
+        if let Some(padding) = self.padding.take() {
+            self.padding = padding_of(rows.iter().map(|row| padding[*row]));
+        }
+    }
+
+    fn set_padding(&mut self, padding: &[usize]) {
+        assert!(
+            self.is_empty(),
+            "padding: {} positions are in the cache, padding comes before the first",
+            self.len()
+        );
+        if let Some(batch_size) = self.batch_size() {
+            assert_eq!(padding.len(), batch_size, "batch_size: rows of the padding");
+        }
+        self.padding = padding_of(padding.iter().copied());
+    }
+}
+
+/// Rows without padding need no data of the batch.
+fn padding_of(rows: impl Iterator<Item = usize>) -> Option<Vec<usize>> {
+    let padding: Vec<usize> = rows.collect();
+    padding.iter().any(|n| *n > 0).then_some(padding)
+}
+
+impl StackCache {
     /// The context of the next `seq_length` positions.
     pub(crate) fn context(&self, seq_length: usize) -> Context {
         let first_position = self.len();
         let lengths = Lengths::new(seq_length, first_position + seq_length);
-        Context::new(lengths.with_first_position(first_position))
+        let context = Context::new(lengths.with_first_position(first_position));
+        match &self.padding {
+            Some(padding) => context.with_left_padding(padding),
+            None => context,
+        }
     }
 }
 
@@ -312,7 +381,7 @@ impl Stack {
         context: &Context,
         cache: &mut StackCache,
     ) -> Tensor<3> {
-        let StackCache { layers, source } = cache;
+        let StackCache { layers, source, .. } = cache;
         self.run(
             x,
             context,
@@ -329,6 +398,7 @@ impl Stack {
         StackCache {
             layers: self.blocks.iter().map(layer).collect(),
             source,
+            padding: None,
         }
     }
 
@@ -368,6 +438,11 @@ impl Stack {
             let lengths = Lengths::new(query_length, source.length);
             Context::new(lengths).with_data(batch_size, source.data.clone())
         });
+        let bias = self.relative_bias.as_ref();
+        let context = match bias.map(|bias| bias.forward(&context.lengths)) {
+            Some(bias) => &context.clone().with_bias(Some(bias)),
+            None => context,
+        };
         let mut stream = ResidualStream::new(x);
         for (i, block) in self.blocks.iter().enumerate() {
             let cross = source.zip(cross_context.as_ref());

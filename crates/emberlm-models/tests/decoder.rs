@@ -7,8 +7,8 @@ use burn::{
     tensor::{Int, Tensor, TensorData, s},
 };
 use emberlm_core::{
-    Activation, CachedModel, CausalModel, Generator, InvalidConfig, NormConfig, NormPlacement,
-    Pattern, RandomBlocks, RandomKey, RotaryLayout, SamplingConfig, Strided, Window,
+    Activation, CachedModel, CausalModel, DecodingCache, Generator, InvalidConfig, NormConfig,
+    NormPlacement, Pattern, RandomBlocks, RandomKey, RotaryLayout, SamplingConfig, Strided, Window,
 };
 use emberlm_models::{
     Decoder, DecoderConfig, FeedForwardKind, LoadError, PositionsConfig, load_decoder,

@@ -63,6 +63,24 @@ impl BatchData {
         self
     }
 
+    /// The rows of a batch: row `i` becomes what row `rows[i]` is.
+    ///
+    /// # Panics
+    ///
+    /// If there is no such row.
+    pub fn select(&self, rows: &[usize]) -> Self {
+        fn of<T: Clone>(all: &Option<Vec<Vec<T>>>, rows: &[usize]) -> Option<Vec<Vec<T>>> {
+            let all = all.as_ref()?;
+            Some(rows.iter().map(|row| all[*row].clone()).collect())
+        }
+        Self {
+            key_documents: of(&self.key_documents, rows),
+            query_documents: of(&self.query_documents, rows),
+            globals: of(&self.globals, rows),
+            hidden_keys: of(&self.hidden_keys, rows),
+        }
+    }
+
     /// Whether positions have documents.
     pub(crate) fn has_documents(&self) -> bool {
         self.key_documents.is_some()

@@ -24,6 +24,14 @@ pub enum PatternError {
         "random blocks of the whole sequence change as it grows: a model that decodes needs blocks of the past (random-past, bigbird-causal)"
     )]
     ChangesWithLength,
+    /// Rows that begin at different positions, and a pattern that is another one there.
+    #[error(
+        "{pattern} depends on absolute positions, which padding on the left moves: decode texts of different lengths one by one"
+    )]
+    LeftPadding {
+        /// The pattern.
+        pattern: String,
+    },
     /// A combination of no patterns.
     #[error("{field} must combine at least one pattern, got none")]
     Empty {

@@ -374,6 +374,35 @@ impl Pattern {
         everywhere || parts.iter().any(Self::changes_with_length)
     }
 
+    /// Whether a query sees a key wherever both are moved by the same number of positions. Then rows of a batch may
+    /// begin at different positions.
+    ///
+    /// ```
+    /// use emberlm_core::{Pattern, Window};
+    ///
+    /// let local = Pattern::causal() & Pattern::window(Window::one_sided(4));
+    /// assert!(local.is_shift_invariant());
+    /// assert!(!(local | Pattern::sinks(1)).is_shift_invariant());
+    /// ```
+    pub fn is_shift_invariant(&self) -> bool {
+        match self {
+            Self::Full | Self::Causal | Self::Window(_) | Self::Dilated(_) | Self::Strided(_) => {
+                true
+            }
+            Self::Fixed(_)
+            | Self::Blockwise(_)
+            | Self::Global(_)
+            | Self::Random(_)
+            | Self::Prefix(_)
+            | Self::Documents
+            | Self::Sinks(_) => false,
+            Self::And(_) | Self::Or(_) | Self::Not(_) | Self::PerHead(_) => {
+                let (_, parts) = self.combined();
+                parts.iter().all(Self::is_shift_invariant)
+            }
+        }
+    }
+
     /// Whether heads may see different keys.
     pub(crate) fn depends_on_head(&self) -> bool {
         let (_, parts) = self.combined();

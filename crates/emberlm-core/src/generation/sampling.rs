@@ -363,17 +363,20 @@ impl Sampler {
                 });
             };
             if logit > f32::NEG_INFINITY {
-                let logit = f64::from(logit);
-                let score = if logit > 0.0 {
-                    logit / penalty
-                } else {
-                    logit * penalty
-                };
+                let score = penalised(f64::from(logit), penalty);
                 // An extreme penalty overflows, but infinity means masked.
                 scores[token as usize] = score.clamp(f64::MIN, f64::MAX);
             }
         }
         Ok(scores)
+    }
+}
+
+/// The repetition penalty of one logit.
+pub(super) fn penalised(logit: f64, penalty: f64) -> f64 {
+    match logit > 0.0 {
+        true => logit / penalty,
+        false => logit * penalty,
     }
 }
 
@@ -413,7 +416,7 @@ fn ranked(tokens: &[usize], scores: &[f64]) -> impl Iterator<Item = usize> {
 }
 
 /// An integer that orders as the number does, which must not be NaN; both zeros are equal.
-fn order(number: f64) -> u64 {
+pub(super) fn order(number: f64) -> u64 {
     let bits = (number + 0.0).to_bits(); // -0.0 + 0.0 is 0.0
     let sign = 1 << 63;
     // Numbers of one sign order as their bits; negative ones backwards, and below the others.
