@@ -149,6 +149,16 @@ fn rows_of_one_length_may_have_any_pattern() {
 }
 
 #[test]
+fn texts_may_all_end_at_once() {
+    let model = sharp(&gpt2_like(), DType::F32);
+    let generator = BatchGenerator::new(&model, &TEXTS, 5, SamplingConfig::new(), &device());
+    let all = (0..VOCAB_SIZE as u32).collect();
+    let found = generator.and_then(|generator| generator.with_end_tokens(all).run());
+    let found = found.expect("scores");
+    assert!(found.len() == 3 && found.iter().all(|text| text.tokens.len() == 1));
+}
+
+#[test]
 #[should_panic(expected = "depends on absolute positions, which padding on the left moves")]
 fn absolute_patterns_refuse_padding() {
     let pattern = Pattern::window(Window::causal(3)) | Pattern::sinks(1);

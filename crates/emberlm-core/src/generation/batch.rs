@@ -103,11 +103,11 @@ impl<'a, M: CachedModel> BatchGenerator<'a, M> {
     /// If the cache has another number of rows than there are prompts, or prompts differ in length and the model's
     /// pattern depends on absolute positions.
     pub fn run(mut self) -> Result<Vec<Generated>, GenerationError> {
+        if self.texts.is_empty() {
+            return Ok(Vec::new());
+        }
         let mut running: Vec<usize> = (0..self.texts.len()).collect();
         for n_new in 0..self.max_new_tokens {
-            if running.is_empty() {
-                break;
-            }
             let scores = if n_new == 0 {
                 let prompts: Vec<&[u32]> = self.texts.iter().map(|text| &text.tokens[..]).collect();
                 self.rows.begin(&prompts)
@@ -122,6 +122,9 @@ impl<'a, M: CachedModel> BatchGenerator<'a, M> {
                 if !self.end_tokens.contains(&token) {
                     rows.push(row);
                 }
+            }
+            if rows.is_empty() {
+                break;
             }
             running = rows.iter().map(|row| running[*row]).collect();
             self.rows.select(&rows);
