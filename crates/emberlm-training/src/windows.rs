@@ -301,7 +301,9 @@ mod tests {
             assert_eq!(windows.documents(step, 2), expected);
         }
         let windows = EvaluationWindows::new(stream, 100).unwrap();
-        let documents: Vec<u32> = (0..3).flat_map(|window| windows.documents(window)).collect();
+        let documents: Vec<u32> = (0..3)
+            .flat_map(|window| windows.documents(window))
+            .collect();
         let expected: Vec<u32> = (0..299).map(|at| at / 73).collect();
         assert_eq!(documents, expected);
     }

@@ -31,7 +31,7 @@ pub(super) fn bytes(token: &str) -> Option<Vec<u8>> {
 pub(super) fn tokenizer_of_bytes() -> Value {
     let vocabulary = (0..=u8::MAX).map(|byte| (character(byte).to_string(), Value::from(byte)));
     let byte_level = json!({
-        "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false
+        "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true
     });
     json!({
         "version": "1.0",

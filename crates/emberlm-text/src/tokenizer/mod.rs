@@ -187,3 +187,47 @@ impl fmt::Debug for Tokenizer {
         shown.field("vocab_size", &self.vocab_size()).finish()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::LazyLock;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// With the words of GPT-2 and of Llama 3.
+    static FIXTURES: LazyLock<[Tokenizer; 2]> = LazyLock::new(|| {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/byte_level");
+        ["gpt2.json", "llama3.json"].map(|name| Tokenizer::load(folder.join(name)).unwrap())
+    });
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+
+        #[test]
+        fn the_parts_of_a_text_have_the_tokens_of_the_whole(
+            text in "([a-cI',.!?/\\-0-9 \t\r\n\u{b}\u{1c}\u{85}\u{a0}\u{3000}éŐ\u{301}日。🔥]|'s|'LL| it| <s>|<mask>|  |\n\n){0,40}",
+        ) {
+            for tokenizer in &*FIXTURES {
+                let parts = tokenizer.cuts().parts(text.as_bytes(), 1);
+                let parts = parts.flat_map(|part| {
+                    tokenizer.encode(std::str::from_utf8(part).expect("cut between characters"))
+                });
+                prop_assert_eq!(parts.collect::<Vec<_>>(), tokenizer.encode(&text));
+            }
+        }
+    }
+
+    #[test]
+    fn a_cut_within_a_word_or_after_white_space_changes_the_tokens() {
+        let [tokenizer, _] = &*FIXTURES;
+        for (left, right) in [(" th", "e"), ("a  ", "b")] {
+            let whole = tokenizer.encode(&[left, right].concat());
+            assert_ne!(
+                [tokenizer.encode(left), tokenizer.encode(right)].concat(),
+                whole
+            );
+        }
+    }
+}
