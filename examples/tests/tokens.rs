@@ -135,6 +135,20 @@ fn a_model_may_know_more_tokens_but_not_fewer() {
 }
 
 #[test]
+fn text_that_is_too_short_is_counted_in_tokens() {
+    let place = Place::new();
+    place.write("short.txt", common::words(60));
+    let args = ["--config", CONFIG, "--text", "short.txt", "--out", "run"];
+    let ended = place.run("pretrain", &[&args, &BPE[..]].concat());
+    ended.assert_refused(&[
+        "the held-out text has ",
+        " tokens, too few",
+        "give more text",
+    ]);
+    assert!(!place.path("run").exists());
+}
+
+#[test]
 fn tokenizers_that_cannot_be_used() {
     let place = Place::new();
     place.write("wrong.json", "{}");

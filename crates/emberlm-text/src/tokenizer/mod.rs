@@ -40,12 +40,13 @@ pub(crate) use cuts::Cuts;
 /// ```
 #[derive(Clone)]
 pub struct Tokenizer {
-    kind: Arc<Kind>,
+    kind: Kind,
 }
 
+#[derive(Clone)]
 enum Kind {
     Bytes,
-    Bpe(Bpe),
+    Bpe(Arc<Bpe>),
 }
 
 impl Tokenizer {
@@ -54,9 +55,7 @@ impl Tokenizer {
 
     /// A token is a byte, by its value.
     pub fn bytes() -> Self {
-        Self {
-            kind: Arc::new(Kind::Bytes),
-        }
+        Self { kind: Kind::Bytes }
     }
 
     /// Reads a `tokenizer.json`, of ours or of Hugging Face's.
@@ -80,7 +79,7 @@ impl Tokenizer {
             return Ok(Self::bytes());
         }
         Ok(Self {
-            kind: Arc::new(Kind::Bpe(bpe)),
+            kind: Kind::Bpe(Arc::new(bpe)),
         })
     }
 
@@ -92,7 +91,7 @@ impl Tokenizer {
     /// [`TextError::Unwritable`].
     pub fn save(&self, path: impl AsRef<Path>) -> Result<(), TextError> {
         let path = path.as_ref();
-        let json = match &*self.kind {
+        let json = match &self.kind {
             Kind::Bytes => format!("{:#}", byte_level::tokenizer_of_bytes()),
             Kind::Bpe(bpe) => bpe.to_json(true),
         };
@@ -102,12 +101,12 @@ impl Tokenizer {
 
     /// Whether a token is a byte.
     pub fn is_bytes(&self) -> bool {
-        matches!(*self.kind, Kind::Bytes)
+        matches!(self.kind, Kind::Bytes)
     }
 
     /// One more than the largest token: how many a model must know.
     pub fn vocab_size(&self) -> usize {
-        match &*self.kind {
+        match &self.kind {
             Kind::Bytes => 256,
             Kind::Bpe(bpe) => bpe.vocab_size(),
         }
@@ -115,7 +114,7 @@ impl Tokenizer {
 
     /// The token of a name, such as that of a special token; `None` if there is none.
     pub fn token_id(&self, name: &str) -> Option<u32> {
-        match &*self.kind {
+        match &self.kind {
             Kind::Bytes => None,
             Kind::Bpe(bpe) => bpe.token_id(name),
         }
@@ -123,7 +122,7 @@ impl Tokenizer {
 
     /// The tokens of a text. Nothing is added to them.
     pub fn encode(&self, text: &str) -> Vec<u32> {
-        match &*self.kind {
+        match &self.kind {
             Kind::Bytes => text.bytes().map(u32::from).collect(),
             Kind::Bpe(bpe) => bpe.encode(text),
         }
@@ -140,7 +139,7 @@ impl Tokenizer {
     pub fn decode_bytes(&self, tokens: &[u32]) -> Vec<u8> {
         let mut bytes = Vec::new();
         for &token in tokens {
-            match (&*self.kind, u8::try_from(token)) {
+            match (&self.kind, u8::try_from(token)) {
                 (Kind::Bytes, Ok(byte)) => bytes.push(byte),
                 (Kind::Bpe(bpe), _) if bpe.token_bytes(token).is_some() => {
                     bytes.extend(bpe.token_bytes(token).unwrap_or_default());
@@ -156,7 +155,7 @@ impl Tokenizer {
     /// In byte-level BPE the space before a word belongs to it, so a word is such a token and all after it up to the
     /// next; what stands at the start of a text is a word too. So punctuation belongs to the word it follows.
     pub fn starts_word(&self, token: u32) -> bool {
-        match &*self.kind {
+        match &self.kind {
             Kind::Bytes => u8::try_from(token).is_ok_and(|byte| byte.is_ascii_whitespace()),
             Kind::Bpe(bpe) => bpe.starts_word(token),
         }
@@ -165,7 +164,7 @@ impl Tokenizer {
     /// CRC-32 (IEEE) of the tokenizer as JSON without white space: the same for the same tokenizer, however its file
     /// is laid out.
     pub fn crc32(&self) -> u32 {
-        match &*self.kind {
+        match &self.kind {
             Kind::Bytes => crc32fast::hash(byte_level::tokenizer_of_bytes().to_string().as_bytes()),
             Kind::Bpe(bpe) => bpe.crc32(),
         }
@@ -173,7 +172,7 @@ impl Tokenizer {
 
     /// Where a text may be cut so that its parts have the tokens of the whole.
     pub(crate) fn cuts(&self) -> Cuts {
-        match &*self.kind {
+        match &self.kind {
             Kind::Bytes => Cuts::BetweenWords,
             Kind::Bpe(bpe) => bpe.cuts(),
         }
