@@ -14,6 +14,7 @@ use clap::Parser;
 use emberlm::{
     core::{CachedModel, GenerationError, Generator, SamplingConfig, StopStrings, Utf8Stream},
     models::{Decoder, load_decoder},
+    text::Tokenizer,
     training::{CheckpointReader, LanguageModel, RunFolder, Session},
 };
 use emberlm_examples::{RunConfig, choose_device, exit_with};
@@ -81,10 +82,10 @@ fn generate(args: &Args) -> Result<(), AnyError> {
         return Err(GenerationError::EmptyPrompt.into());
     }
     let (device_name, device) = choose_device(args.device.as_deref())?;
-    let model = load(&args.run, &device)?;
+    let (model, tokenizer) = load(&args.run, &device)?;
     eprintln!("device: {device_name}");
 
-    let prompt: Vec<u32> = args.prompt.bytes().map(u32::from).collect();
+    let prompt = tokenizer.encode(&args.prompt);
     let mut generator =
         Generator::new(&model, &prompt, args.max_tokens as usize, sampling, &device)?;
     let mut characters = Utf8Stream::new();
@@ -101,7 +102,7 @@ fn generate(args: &Args) -> Result<(), AnyError> {
                 "\nthe text is longer than the {longest} positions of the model: from here on it sees the last half of them again"
             );
         }
-        show(&stops.push(&characters.push(&[token? as u8])))?;
+        show(&stops.push(&characters.push(&tokenizer.decode_bytes(&[token?]))))?;
         if stops.is_stopped() {
             break;
         }
@@ -124,8 +125,8 @@ fn show(text: &str) -> std::io::Result<()> {
     stdout().flush()
 }
 
-/// The model of a run: its weights, or its last checkpoint if it was killed before it wrote them.
-fn load(run: &Path, device: &Device) -> Result<Decoder, AnyError> {
+/// The model of a run and its tokenizer: its weights, or its last checkpoint if it was killed before it wrote them.
+fn load(run: &Path, device: &Device) -> Result<(Decoder, Tokenizer), AnyError> {
     if !run.join(RunFolder::CONFIG).is_file() {
         return Err(format!(
             "{} holds no run: give the folder that pretrain wrote",
@@ -133,10 +134,11 @@ fn load(run: &Path, device: &Device) -> Result<Decoder, AnyError> {
         )
         .into());
     }
-    if run.join(RunFolder::WEIGHTS).is_file() {
-        return Ok(load_decoder(run, device)?.1);
-    }
     let config = RunConfig::read(&run.join(RunFolder::CONFIG))?;
+    let tokenizer = config.load_tokenizer(run)?;
+    if run.join(RunFolder::WEIGHTS).is_file() {
+        return Ok((load_decoder(run, device)?.1, tokenizer));
+    }
     let reader = CheckpointReader::open(&run.join(RunFolder::CHECKPOINTS))?;
     let Some(loaded) = reader.load_newest()? else {
         return Err(format!(
@@ -155,5 +157,5 @@ fn load(run: &Path, device: &Device) -> Result<Decoder, AnyError> {
     let model = LanguageModel::new(config.model.init(device), 0.0, 0.0);
     let session = Session::new(model, &config.training);
     let session = session.restore(&loaded.checkpoint, reader.dir())?;
-    Ok(session.model.model.valid())
+    Ok((session.model.model.valid(), tokenizer))
 }

@@ -18,15 +18,17 @@ use clap::Parser;
 use emberlm::{
     core::{Generator, SamplingConfig, Utf8Stream},
     models::{Decoder, save_weights},
+    text::{CacheState, Corpus, Progress, TokenFile, TokenStream, Tokenizer, TokenizerChoice},
     training::{
-        CheckpointStore, Corpus, Ending, EvaluationLoader, EvaluationWindows, LanguageModel,
-        LineRenderer, MAX_SKIPPED_IN_A_ROW, MetricsLog, Report, RunFolder, RunHistory, Session,
-        Trained, Trainer, TrainingError, TrainingLoader, TrainingWindows, Watch, evaluate,
-        peak_memory_bytes, short_duration,
+        CheckpointStore, Ending, EvaluationLoader, EvaluationWindows, LanguageModel, LineRenderer,
+        MAX_SKIPPED_IN_A_ROW, MetricsLog, Report, RunFolder, RunHistory, Session, Trained, Trainer,
+        TrainingError, TrainingLoader, TrainingWindows, Watch, evaluate, peak_memory_bytes,
+        short_duration,
     },
 };
 use emberlm_examples::{
-    Overrides, Preset, RunConfig, Stop, choose_device, complain, exit_with, keep_ctrl_c, plot, say,
+    Overrides, Preset, RunConfig, Stop, TokenizerRecord, choose_device, complain, exit_with,
+    keep_ctrl_c, plot, say,
 };
 
 /// Pretrain a language model on text
@@ -37,6 +39,13 @@ struct Args {
     /// novels of Jane Austen that come with the repository]
     #[arg(long, value_name = "FILE|DIR")]
     text: Vec<PathBuf>,
+    /// What a token is: a byte, one of N that are learned from the text, or one of a tokenizer.json with a byte-level
+    /// BPE [default: bytes]
+    #[arg(long, value_name = "bytes|bpe:N|FILE")]
+    tokenizer: Option<String>,
+    /// Folder where the text is kept as tokens, which runs share
+    #[arg(long, value_name = "DIR", default_value = "runs/tokens")]
+    cache: PathBuf,
     /// A model and a plan by name [default: tiny]
     #[arg(long)]
     preset: Option<Preset>,
@@ -95,7 +104,8 @@ struct Plan {
     earlier_steps: Option<u64>,
     training: Arc<TrainingWindows>,
     held_out: Arc<EvaluationWindows>,
-    prompt: Vec<u8>,
+    tokenizer: Tokenizer,
+    prompt: String,
 }
 
 // Bytes of held-out text that the sample continues.
@@ -116,6 +126,9 @@ fn pretrain(args: &Args) -> Result<ExitCode, AnyError> {
         (None, None) => RunFolder::create_numbered(Path::new("runs"))?,
     };
     if args.resume.is_none() {
+        if plan.config.tokenizer.is_some() {
+            plan.tokenizer.save(folder.file(Tokenizer::FILE_NAME))?;
+        }
         // At once: a run that is killed while its model is made can be resumed too.
         plan.config.write(&folder.file(RunFolder::CONFIG))?;
     }
@@ -167,8 +180,8 @@ fn pretrain(args: &Args) -> Result<ExitCode, AnyError> {
         ));
         return Ok(ExitCode::SUCCESS);
     };
-    report(args, &trainer, &folder, valid_loss)?;
-    sample(&trainer.session.model, &plan.prompt, &device)?;
+    report(args, &trainer, &plan, &folder, valid_loss)?;
+    sample(&trainer.session.model, &plan, &device)?;
     say(format_args!("\nrun: {}", folder.path().display()));
     Ok(ExitCode::SUCCESS)
 }
@@ -184,6 +197,8 @@ fn plan(args: &Args) -> Result<Plan, AnyError> {
         seed: args.seed,
         checkpoint_every: args.checkpoint_every,
     };
+    let choice = args.tokenizer.as_deref();
+    let choice: Option<TokenizerChoice> = choice.map(str::parse).transpose()?;
     let mut sources = if args.text.is_empty() {
         vec![default_text()]
     } else {
@@ -214,8 +229,8 @@ fn plan(args: &Args) -> Result<Plan, AnyError> {
     ));
     let documents = corpus.fingerprints();
     let earlier_steps = earlier.as_ref().map(|earlier| earlier.training.steps);
-    let config = match earlier {
-        Some(earlier) => {
+    let (config, tokenizer) = match (earlier, &args.resume) {
+        (Some(earlier), Some(run)) => {
             let config = overrides.resume(&earlier)?;
             if let Some(changed) = changed_document(&earlier, &documents) {
                 return Err(format!(
@@ -223,36 +238,123 @@ fn plan(args: &Args) -> Result<Plan, AnyError> {
                 )
                 .into());
             }
-            config
+            if let Some(choice) = &choice {
+                config.check_tokenizer(choice)?;
+            }
+            let tokenizer = config.load_tokenizer(run)?;
+            (config, tokenizer)
         }
-        None => {
+        _ => {
             if let Some(path) = &args.out {
                 RunFolder::check_free(path)?;
             }
-            let (model, training) = overrides.resolve()?;
+            let choice = choice.unwrap_or(TokenizerChoice::Bytes);
+            if let TokenizerChoice::Bpe { vocab_size } = choice {
+                // Before the training of the tokenizer, which may take minutes.
+                overrides.resolve(vocab_size)?;
+            }
+            let mut lines = Lines::new("training the tokenizer", "bytes");
+            let tokenizer = choice.resolve(&corpus, &[], |progress| lines.tell_bytes(progress))?;
+            let (model, training) = overrides.resolve(tokenizer.vocab_size())?;
             let sources = sources
                 .iter()
                 .map(std::path::absolute)
                 .collect::<Result<_, _>>()?;
-            RunConfig {
+            let config = RunConfig {
                 model,
                 training,
                 sources,
                 documents,
-            }
+                tokenizer: TokenizerRecord::of(&tokenizer, &choice),
+            };
+            (config, tokenizer)
         }
     };
     let (seq_length, seed) = (config.training.seq_length, config.training.seed);
     let held_out = corpus.held_out();
-    let mut prompt = vec![0; PROMPT_BYTES.min(held_out.len())];
-    held_out.copy(0, &mut prompt);
+    let prompt = held_out.bytes(0..PROMPT_BYTES.min(held_out.len()));
+    let [training, held_out] = streams(&corpus, &tokenizer, &args.cache)?;
     Ok(Plan {
-        training: Arc::new(TrainingWindows::new(corpus.training(), seq_length, seed)?),
+        training: Arc::new(TrainingWindows::new(training, seq_length, seed)?),
         held_out: Arc::new(EvaluationWindows::new(held_out, seq_length)?),
+        tokenizer,
         prompt: whole_characters(prompt),
         config,
         earlier_steps,
     })
+}
+
+/// The training and the held-out part of a corpus as tokens: bytes as they are, others from a file in `cache`.
+fn streams(
+    corpus: &Corpus,
+    tokenizer: &Tokenizer,
+    cache: &Path,
+) -> Result<[TokenStream; 2], AnyError> {
+    if tokenizer.is_bytes() {
+        return Ok([corpus.training().into(), corpus.held_out().into()]);
+    }
+    let mut lines = Lines::new("tokenising", "bytes");
+    let (file, state) = TokenFile::cached(corpus, tokenizer, cache, |progress| {
+        lines.tell_bytes(progress);
+    })?;
+    let path = file.path().display();
+    if let CacheState::Rebuilt(damage) = state {
+        complain(format_args!(
+            "warning: {path}: {damage}; the text was tokenised again"
+        ));
+    }
+    let streams = [file.training(), file.held_out()];
+    let [training, held_out] = &streams;
+    say(format_args!(
+        "tokens: {} training and {} held-out, {:.3} bytes each, of {} in the vocabulary; {} {path}",
+        training.len(),
+        held_out.len(),
+        held_out.bytes_per_token(),
+        tokenizer.vocab_size(),
+        match state {
+            CacheState::Found => "found in",
+            CacheState::Built | CacheState::Rebuilt(_) => "written to",
+        }
+    ));
+    Ok(streams)
+}
+
+/// Says every ten seconds how far a piece of work is.
+struct Lines {
+    what: &'static str,
+    unit: &'static str,
+    begin: Instant,
+    last: Instant,
+}
+
+impl Lines {
+    fn new(what: &'static str, unit: &'static str) -> Self {
+        let begin = Instant::now();
+        Self {
+            what,
+            unit,
+            begin,
+            last: begin,
+        }
+    }
+
+    fn tell(&mut self, done: u64, total: u64) {
+        if done == 0 || self.last.elapsed() < Duration::from_secs(10) {
+            return;
+        }
+        self.last = Instant::now();
+        let left = (total - done) as f64 / done as f64;
+        say(format_args!(
+            "{}: {done}/{total} {}  ETA {}",
+            self.what,
+            self.unit,
+            short_duration(self.begin.elapsed().mul_f64(left))
+        ));
+    }
+
+    fn tell_bytes(&mut self, progress: Progress) {
+        self.tell(progress.done, progress.total);
+    }
 }
 
 /// The text that comes with the repository: beside the current folder, or where the program was built.
@@ -277,12 +379,10 @@ fn changed_document(earlier: &RunConfig, now: &[emberlm::training::Fingerprint])
     Some(document.path.display().to_string())
 }
 
-/// Cuts a character that is not whole off the end.
-fn whole_characters(mut bytes: Vec<u8>) -> Vec<u8> {
-    if let Err(error) = std::str::from_utf8(&bytes) {
-        bytes.truncate(error.valid_up_to());
-    }
-    bytes
+/// The text of UTF-8 bytes without a character that is cut at the end.
+fn whole_characters(bytes: Vec<u8>) -> String {
+    let whole = bytes.utf8_chunks().next();
+    whole.map_or(String::new(), |chunk| chunk.valid().to_owned())
 }
 
 fn plural(n: usize) -> &'static str {
@@ -389,7 +489,7 @@ fn train(
     let watch = Watch {
         renderer: (!dashboard).then(lines),
         interrupter: stop.interrupter(),
-        bytes_per_token: 1.0,
+        bytes_per_token: plan.held_out.stream().bytes_per_token(),
     };
     let guard = dashboard.then(keep_ctrl_c);
     // The dashboard's kill is a panic of burn-train's; any other panic goes on.
@@ -425,20 +525,11 @@ fn evaluate_all(
     let all: Vec<usize> = (0..plan.held_out.len()).collect();
     let batch_size = plan.config.training.batch_size;
     let loader = EvaluationLoader::new(plan.held_out.clone(), &all, batch_size, device);
-    let begin = Instant::now();
-    let mut last_line = begin;
+    let mut lines = Lines::new("reading the held-out text", "windows");
     let mut done = 0;
     let result = evaluate(&trainer.session.model, &loader, |_, rows| {
         done += rows;
-        if last_line.elapsed() > Duration::from_secs(10) {
-            last_line = Instant::now();
-            let left = begin.elapsed() / done as u32 * (all.len() - done) as u32;
-            let total = all.len();
-            say(format_args!(
-                "reading the held-out text: {done}/{total} windows  ETA {}",
-                short_duration(left)
-            ));
-        }
+        lines.tell(done as u64, all.len() as u64);
         if stop.requested() {
             return Err(TrainingError::Stopped);
         }
@@ -456,9 +547,12 @@ const TRAIN_LOSS_STEPS: usize = 100;
 fn report(
     args: &Args,
     trainer: &Trainer<Decoder>,
+    plan: &Plan,
     folder: &RunFolder,
     valid_loss: f64,
 ) -> Result<(), AnyError> {
+    let bits_per_byte =
+        valid_loss / std::f64::consts::LN_2 / plan.held_out.stream().bytes_per_token();
     let counters = &trainer.session.counters;
     let history = RunHistory::load(folder.path())?;
     let losses: Vec<f64> = history
@@ -471,7 +565,7 @@ fn report(
     let report = Report {
         train_loss: Some(train_loss),
         valid_loss: Some(valid_loss),
-        bits_per_byte: Some(valid_loss / std::f64::consts::LN_2),
+        bits_per_byte: Some(bits_per_byte),
         tokens_per_second: counters.tokens_per_second(),
         peak_memory_bytes: peak_memory_bytes(),
         parameters: Some(trainer.session.model.num_params() as u64),
@@ -488,14 +582,13 @@ fn report(
         &folder.file("curves.png"),
     )?;
     say(format_args!(
-        "trained {} steps in {}{}: train loss {train_loss:.4}, validation loss {valid_loss:.4} over the whole held-out text ({:.4} bits per byte)",
+        "trained {} steps in {}{}: train loss {train_loss:.4}, validation loss {valid_loss:.4} over the whole held-out text ({bits_per_byte:.4} bits per byte)",
         counters.step,
         short_duration(Duration::from_secs_f64(counters.seconds)),
         match counters.tokens_per_second() {
             Some(speed) => format!(" at {speed:.0} tokens/s"),
             None => String::new(),
-        },
-        valid_loss / std::f64::consts::LN_2
+        }
     ));
     if counters.skipped > 0 {
         say(format_args!(
@@ -506,8 +599,8 @@ fn report(
     Ok(())
 }
 
-fn sample(model: &LanguageModel<Decoder>, prompt: &[u8], device: &Device) -> Result<(), AnyError> {
-    let tokens: Vec<u32> = prompt.iter().map(|byte| u32::from(*byte)).collect();
+fn sample(model: &LanguageModel<Decoder>, plan: &Plan, device: &Device) -> Result<(), AnyError> {
+    let tokens = plan.tokenizer.encode(&plan.prompt);
     let sampling = SamplingConfig::default()
         .with_temperature(0.8)
         .with_top_p(Some(0.95));
@@ -519,10 +612,10 @@ fn sample(model: &LanguageModel<Decoder>, prompt: &[u8], device: &Device) -> Res
             .and_then(|()| stdout().flush());
     };
     say("\n--- the model continues the held-out text ---");
-    show(&String::from_utf8_lossy(prompt));
+    show(&plan.prompt);
     let mut characters = Utf8Stream::new();
     for token in Generator::new(&model, &tokens, SAMPLE_TOKENS, sampling, device)? {
-        show(&characters.push(&[token? as u8]));
+        show(&characters.push(&plan.tokenizer.decode_bytes(&[token?])));
     }
     say(characters.finish());
     Ok(())

@@ -13,6 +13,6 @@ pub use comparison::{CompareArguments, CompareError, compare};
 pub use device::{DeviceError, choose_device};
 pub use exit::exit_with;
 pub use preset::Preset;
-pub use run_config::{ConfigError, Overrides, RunConfig};
+pub use run_config::{ConfigError, Overrides, RunConfig, TokenizerRecord};
 pub use say::{complain, say};
 pub use stop::{Stop, keep_ctrl_c};

@@ -8,6 +8,7 @@ use std::{
 use emberlm::{
     core::{InvalidConfig, replace_file},
     models::{DecoderConfig, PositionsConfig},
+    text::{TextError, Tokenizer, TokenizerChoice},
     training::{Fingerprint, TrainingConfig},
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -27,6 +28,30 @@ pub struct RunConfig {
     pub sources: Vec<PathBuf>,
     /// The documents and their checksums, so that a continued run sees the same text.
     pub documents: Vec<Fingerprint>,
+    /// The tokenizer in the run's folder; nothing if the tokens are bytes.
+    pub tokenizer: Option<TokenizerRecord>,
+}
+
+/// What the tokenizer of a run was, so that a continued run has the same.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TokenizerRecord {
+    /// What was asked for: `bpe:N` or a file.
+    pub choice: String,
+    /// Number of its tokens.
+    pub vocab_size: usize,
+    /// CRC-32 of its content.
+    pub crc32: u32,
+}
+
+impl TokenizerRecord {
+    /// That of a tokenizer; nothing if its tokens are bytes.
+    pub fn of(tokenizer: &Tokenizer, choice: &TokenizerChoice) -> Option<Self> {
+        (!tokenizer.is_bytes()).then(|| Self {
+            choice: choice.to_string(),
+            vocab_size: tokenizer.vocab_size(),
+            crc32: tokenizer.crc32(),
+        })
+    }
 }
 
 /// What the command line says about the configuration.
@@ -93,14 +118,25 @@ pub enum ConfigError {
         /// What does not fit.
         source: InvalidConfig,
     },
-    /// The tokens are bytes, but the model has another number of tokens.
+    /// The model does not know all tokens of the tokenizer.
     #[error(
-        "model.vocab_size is {vocab_size}, but the tokens are bytes: it must be {N_BYTE_VALUES}, or left out"
+        "model.vocab_size is {vocab_size}, but the tokenizer has {n_tokens} tokens: make it {n_tokens} or more, or leave it out"
     )]
     Vocabulary {
-        /// Number of tokens.
+        /// Number of tokens the model knows.
         vocab_size: usize,
+        /// Number of tokens of the tokenizer.
+        n_tokens: usize,
     },
+    /// The tokenizer in the run's folder is another.
+    #[error("{path} is not the tokenizer that the run began with: put that back")]
+    Tokenizer {
+        /// Its file.
+        path: PathBuf,
+    },
+    /// The tokenizer cannot be read.
+    #[error(transparent)]
+    Text(#[from] TextError),
     /// The sequences are longer than the model.
     #[error(
         "training.seq_length is {seq_length}, but model.positions has {max_seq_length}: raise max_seq_length"
@@ -126,13 +162,15 @@ pub enum ConfigError {
 }
 
 impl Overrides {
-    /// The model and the plan for a new run.
+    /// The model and the plan for a new run whose tokenizer has `n_tokens` tokens. The model knows so many, unless the
+    /// file says more.
     ///
     /// # Errors
     ///
     /// A file that cannot be read, or a field that is unknown, of the wrong type or invalid.
-    pub fn resolve(&self) -> Result<(DecoderConfig, TrainingConfig), ConfigError> {
+    pub fn resolve(&self, n_tokens: usize) -> Result<(DecoderConfig, TrainingConfig), ConfigError> {
         let (mut model, mut training) = self.preset.unwrap_or(Preset::Tiny).resolve();
+        model.vocab_size = n_tokens;
         if let Some(seq_length) = self.seq_length {
             model.positions = PositionsConfig::Learned {
                 max_seq_length: seq_length,
@@ -142,7 +180,7 @@ impl Overrides {
             (model, training) = overlay(path, &model, &training)?;
         }
         self.apply(&mut model, &mut training);
-        validate(&model, &training)?;
+        validate(&model, &training, n_tokens)?;
         Ok((model, training))
     }
 
@@ -155,9 +193,10 @@ impl Overrides {
     pub fn resume(&self, run: &RunConfig) -> Result<RunConfig, ConfigError> {
         let (mut model, mut training) = match self.preset {
             Some(preset) => {
-                let (model, mut training) = preset.resolve();
-                // A preset's number of steps is a proposal, not a demand.
+                let (mut model, mut training) = preset.resolve();
+                // A preset's number of steps is a proposal, not a demand, and it knows of no tokenizer.
                 training.steps = run.training.steps;
+                model.vocab_size = run.model.vocab_size;
                 (model, training)
             }
             None => (run.model.clone(), run.training.clone()),
@@ -187,7 +226,7 @@ impl Overrides {
                 }
             }
         }
-        validate(&resumed.model, &resumed.training)?;
+        validate(&resumed.model, &resumed.training, resumed.n_tokens())?;
         Ok(resumed)
     }
 
@@ -209,8 +248,59 @@ impl RunConfig {
     /// A file that cannot be read, or is no valid configuration.
     pub fn read(path: &Path) -> Result<Self, ConfigError> {
         let config: Self = parse(path, &read(path)?)?;
-        validate(&config.model, &config.training)?;
+        validate(&config.model, &config.training, config.n_tokens())?;
         Ok(config)
+    }
+
+    /// The tokenizer of the run in the folder `run`.
+    ///
+    /// # Errors
+    ///
+    /// A file that is missing, no tokenizer, or not the one that the run began with.
+    pub fn load_tokenizer(&self, run: &Path) -> Result<Tokenizer, ConfigError> {
+        let Some(record) = &self.tokenizer else {
+            return Ok(Tokenizer::bytes());
+        };
+        let path = run.join(Tokenizer::FILE_NAME);
+        let tokenizer = Tokenizer::load(&path)?;
+        if tokenizer.crc32() != record.crc32 {
+            return Err(ConfigError::Tokenizer { path });
+        }
+        Ok(tokenizer)
+    }
+
+    /// Checks whether a tokenizer that was asked for is that of the run.
+    ///
+    /// # Errors
+    ///
+    /// Another choice, or a file that is missing or no tokenizer.
+    pub fn check_tokenizer(&self, asked: &TokenizerChoice) -> Result<(), ConfigError> {
+        let same = match (&self.tokenizer, asked) {
+            (None, TokenizerChoice::Bytes) => true,
+            (record, TokenizerChoice::File(path)) => {
+                let record = record.as_ref().map(|record| record.crc32);
+                let tokenizer = Tokenizer::load(path)?;
+                record == (!tokenizer.is_bytes()).then(|| tokenizer.crc32())
+            }
+            (record, asked) => {
+                let record = record.as_ref();
+                record.is_some_and(|record| record.choice == asked.to_string())
+            }
+        };
+        if same {
+            return Ok(());
+        }
+        let of_run = self.tokenizer.as_ref();
+        Err(ConfigError::Differs {
+            field: "tokenizer".to_owned(),
+            of_run: of_run.map_or("bytes".to_owned(), |record| record.choice.clone()),
+            asked: asked.to_string(),
+        })
+    }
+
+    fn n_tokens(&self) -> usize {
+        let record = self.tokenizer.as_ref();
+        record.map_or(N_BYTE_VALUES, |record| record.vocab_size)
     }
 
     /// Writes it, whole or not at all.
@@ -307,13 +397,18 @@ fn overlay(
     Ok((model, training))
 }
 
-fn validate(model: &DecoderConfig, training: &TrainingConfig) -> Result<(), ConfigError> {
+fn validate(
+    model: &DecoderConfig,
+    training: &TrainingConfig,
+    n_tokens: usize,
+) -> Result<(), ConfigError> {
     let invalid = |section| move |source| ConfigError::Invalid { section, source };
     model.validate().map_err(invalid("model"))?;
     training.validate().map_err(invalid("training"))?;
-    if model.vocab_size != N_BYTE_VALUES {
+    if model.vocab_size < n_tokens {
         return Err(ConfigError::Vocabulary {
             vocab_size: model.vocab_size,
+            n_tokens,
         });
     }
     match model.max_seq_length() {

@@ -210,11 +210,7 @@ fn sizes_and_numbers_that_are_impossible() {
         ),
         (
             r#""vocab_size": 100"#,
-            "model.vocab_size is 100, but the tokens are bytes",
-        ),
-        (
-            r#""vocab_size": 300"#,
-            "model.vocab_size is 300, but the tokens are bytes",
+            "model.vocab_size is 100, but the tokenizer has 256 tokens",
         ),
         (
             r#""positions": {"Learned": {"max_seq_length": 8}}"#,

@@ -1,11 +1,10 @@
-//! Training language models on Burn: text data, exact resume, metrics, and a loop that burn-train drives.
+//! Training language models on Burn: windows of text, exact resume, metrics, and a loop that burn-train drives.
 //!
 //! It takes losses and batches and knows no concrete model: anything that is a Burn module and an
 //! [`emberlm_core::LossModel`] can be trained.
 
 mod checkpoint;
 mod config;
-mod data;
 mod error;
 mod gradients;
 mod learner;
@@ -18,6 +17,7 @@ mod run;
 mod schedule;
 mod session;
 mod trainer;
+mod windows;
 
 pub use emberlm_core::TokenBatch;
 
@@ -26,9 +26,8 @@ pub use checkpoint::{
     FaultyDisk, Loaded, Operation, Storage,
 };
 pub use config::TrainingConfig;
-pub use data::{
-    Corpus, Document, EvaluationWindows, Fingerprint, MappedText, TextError, TextPart, TextStream,
-    TrainingWindows,
+pub use emberlm_text::{
+    Corpus, Document, Fingerprint, MappedText, TextError, TextPart, TextStream, TokenStream,
 };
 pub use error::TrainingError;
 pub use gradients::{global_norm, scale_gradients};
@@ -42,3 +41,4 @@ pub use run::{MetricsLog, Report, RunError, RunFolder, RunHistory, StepRecord};
 pub use schedule::WarmupCosine;
 pub use session::{Counters, Session};
 pub use trainer::{Ending, MAX_SKIPPED_IN_A_ROW, Trained, Trainer, Watch, evaluate};
+pub use windows::{EvaluationWindows, TrainingWindows};

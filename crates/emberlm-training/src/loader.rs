@@ -118,10 +118,11 @@ impl EvaluationLoader {
     }
 }
 
-/// Bytes as tokens, `[rows, bytes.len() / rows]`.
-fn token_tensor(bytes: &[u8], rows: usize, device: &Device) -> Tensor<2, Int> {
-    let tokens: Vec<i32> = bytes.iter().map(|byte| i32::from(*byte)).collect();
-    Tensor::from_data(TensorData::new(tokens, [rows, bytes.len() / rows]), device)
+/// `[rows, tokens.len() / rows]`
+fn token_tensor(tokens: &[u32], rows: usize, device: &Device) -> Tensor<2, Int> {
+    let shape = [rows, tokens.len() / rows];
+    let tokens: Vec<i32> = tokens.iter().map(|token| *token as i32).collect();
+    Tensor::from_data(TensorData::new(tokens, shape), device)
 }
 
 /// Walks through the numbered batches of a loader.

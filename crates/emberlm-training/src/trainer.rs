@@ -66,7 +66,8 @@ pub struct Watch {
     pub renderer: Option<Box<dyn MetricsRenderer>>,
     /// Stops the run after the current step.
     pub interrupter: Interrupter,
-    /// Mean length of a token in bytes of text: 1 for a model of bytes.
+    /// Mean length of a token in bytes of text, of which the bits per byte are made: 1 for a model of bytes, else
+    /// [`TokenStream::bytes_per_token`](emberlm_text::TokenStream::bytes_per_token), best of the held-out text.
     pub bytes_per_token: f64,
 }
 

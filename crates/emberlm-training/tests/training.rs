@@ -13,6 +13,7 @@ use emberlm_testkit::{
     device, largest_difference, optimizer_gradients_by_name, parameters_by_name, random_tokens,
     to_f64,
 };
+use emberlm_text::{BpeTraining, TokenFile};
 use emberlm_training::{
     CheckpointStore, Corpus, Ending, EvaluationLoader, EvaluationWindows, LanguageModel,
     LineRenderer, MetricsLog, Session, TokenBatch, Trainer, TrainingConfig, TrainingLoader,
@@ -198,6 +199,37 @@ fn a_step_sees_the_same_windows_however_it_is_split() {
         assert_eq!(inputs[1..8], targets[0..7]);
     }
     assert_eq!(all(1, 4), whole[3..]);
+}
+
+#[test]
+fn batches_hold_tokens_of_any_vocabulary() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let corpus = corpus(folder.path());
+    let tokenizer = BpeTraining::new(300).train(&corpus.training(), |_| ());
+    let tokenizer = tokenizer.expect("long enough");
+    let file = TokenFile::cached(&corpus, &tokenizer, folder.path(), |_| ());
+    let (file, _) = file.expect("the folder is writable");
+
+    let windows = Arc::new(TrainingWindows::new(file.training(), 8, 5).expect("long"));
+    let loader = TrainingLoader::new(windows.clone(), &config(), 1, &device());
+    let batch = loader.iter().next().expect("a step").expect("in memory");
+    let inputs = numbers(batch.inputs);
+    assert!(inputs.iter().any(|&token| token > 255));
+    let mut window = Vec::new();
+    windows.sample(1, 0, &mut window);
+    let window: Vec<i64> = window.into_iter().map(i64::from).collect();
+    assert_eq!(inputs[..8], window[..8]);
+    assert_eq!(numbers(batch.targets)[..8], window[1..]);
+
+    let windows = Arc::new(EvaluationWindows::new(file.held_out(), 8).expect("long"));
+    let all: Vec<usize> = (0..windows.len()).collect();
+    let loader = EvaluationLoader::new(windows, &all, 4, &device());
+    let targets = loader
+        .iter()
+        .flat_map(|batch| numbers(batch.expect("in memory").targets));
+    let targets: Vec<u32> = targets.map(|token| token as u32).collect();
+    let held_out = file.held_out();
+    assert_eq!(targets, held_out.tokens(1..held_out.len()));
 }
 
 #[test]

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::{MappedText, TextError};
+use crate::{MappedText, TextError};
 
 /// The extensions, in any case, of the files of a folder that are documents.
 const EXTENSIONS: [&str; 2] = ["txt", "md"];
@@ -28,7 +28,7 @@ const EXTENSIONS: [&str; 2] = ["txt", "md"];
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// # let folder = tempfile::tempdir()?;
 /// # let folder = folder.path();
-/// use emberlm_training::Corpus;
+/// use emberlm_text::Corpus;
 ///
 /// std::fs::write(folder.join("a.txt"), "coal, ash, ember, fire")?;
 /// std::fs::write(folder.join("b.md"), "# Wood\nIt burns.\n")?;
@@ -98,6 +98,16 @@ impl Corpus {
         self.skipped
     }
 
+    /// CRC-32 (IEEE) of what the documents contain and where each of them ends, whatever their paths.
+    pub fn crc32(&self) -> u32 {
+        let mut hasher = crc32fast::Hasher::new();
+        for document in &self.documents[..] {
+            hasher.update(&(document.bytes() as u64).to_le_bytes());
+            hasher.update(&document.crc32.to_le_bytes());
+        }
+        hasher.finalize()
+    }
+
     /// What every document was when it was opened, in order: equal lists mean an equal corpus.
     pub fn fingerprints(&self) -> Vec<Fingerprint> {
         self.documents.iter().map(Document::fingerprint).collect()
@@ -165,7 +175,8 @@ impl Document {
         }))
     }
 
-    fn part(&self, part: TextPart) -> &[u8] {
+    /// The bytes of a part.
+    pub(crate) fn part(&self, part: TextPart) -> &[u8] {
         let (training, held_out) = self.text.as_bytes().split_at(self.split);
         match part {
             TextPart::Training => training,
@@ -180,7 +191,7 @@ impl Document {
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// # let folder = tempfile::tempdir()?;
 /// # let path = folder.path().join("ember.txt");
-/// use emberlm_training::Corpus;
+/// use emberlm_text::Corpus;
 ///
 /// std::fs::write(&path, "a glowing coal")?;
 /// let before = Corpus::open(&[path.clone()])?.fingerprints();
@@ -228,7 +239,7 @@ impl fmt::Display for TextPart {
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// # let folder = tempfile::tempdir()?;
 /// # let folder = folder.path();
-/// use emberlm_training::Corpus;
+/// use emberlm_text::Corpus;
 ///
 /// std::fs::write(folder.join("a.txt"), "coal")?;
 /// std::fs::write(folder.join("b.txt"), "fire")?;
@@ -310,10 +321,20 @@ impl TextStream {
     ///
     /// # Panics
     /// If the stream ends before the range does, or the range before it starts.
-    pub(super) fn bytes(&self, range: Range<usize>) -> Vec<u8> {
+    pub fn bytes(&self, range: Range<usize>) -> Vec<u8> {
         let mut bytes = vec![0; range.end - range.start];
         self.copy(range.start, &mut bytes);
         bytes
+    }
+
+    /// For each document, where its part ends in the stream.
+    pub(crate) fn ends(&self) -> &[usize] {
+        &self.ends
+    }
+
+    /// The documents, in order.
+    pub(crate) fn documents(&self) -> &[Document] {
+        &self.documents
     }
 }
 

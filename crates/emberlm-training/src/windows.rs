@@ -1,16 +1,20 @@
-//! Windows of a stream for a language model over bytes, each a function of its number alone.
+//! Windows of a stream of tokens for a language model, each a function of its number alone.
+
+use std::ops::Range;
 
 use emberlm_core::RandomKey;
-
-use super::{TextError, TextStream};
+use emberlm_text::{TextError, TokenStream};
 
 /// Windows at random offsets, for training.
 ///
 /// Window `index` of step `step` is a function of the seed and these two numbers: no generator is
 /// carried along, so a resumed run, and one that loads its windows on several threads, sees the
-/// same text. Offsets are independent, not a permutation: in one pass' worth of windows some bytes
-/// come twice and some not at all. All offsets at which a window fits are equally likely, so bytes
+/// same text. Offsets are independent, not a permutation: in one pass' worth of windows some tokens
+/// come twice and some not at all. All offsets at which a window fits are equally likely, so tokens
 /// near the two ends of the stream are in fewer windows.
+///
+/// A window may hold the end of one document and the start of the next: see
+/// [`documents`](Self::documents).
 ///
 /// ```
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -30,18 +34,24 @@ use super::{TextError, TextStream};
 /// ```
 #[derive(Clone, Debug)]
 pub struct TrainingWindows {
-    stream: TextStream,
+    stream: TokenStream,
     seq_length: usize,
     key: RandomKey,
 }
 
 impl TrainingWindows {
-    /// Windows of `seq_length` inputs each.
+    /// Windows of `seq_length` inputs each, over tokens or, given a
+    /// [`TextStream`](emberlm_text::TextStream), over bytes.
     ///
     /// # Errors
     /// [`TextError::EmptySequence`], and [`TextError::SequenceTooLong`] if the stream has no more
-    /// than `seq_length` bytes.
-    pub fn new(stream: TextStream, seq_length: usize, seed: u64) -> Result<Self, TextError> {
+    /// than `seq_length` tokens.
+    pub fn new(
+        stream: impl Into<TokenStream>,
+        seq_length: usize,
+        seed: u64,
+    ) -> Result<Self, TextError> {
+        let stream = stream.into();
         check(&stream, seq_length)?;
         Ok(Self {
             stream,
@@ -51,16 +61,30 @@ impl TrainingWindows {
         })
     }
 
-    /// How many bytes a window predicts, and from how many: one fewer than it has.
+    /// How many tokens a window predicts, and from how many: one fewer than it has.
     pub fn seq_length(&self) -> usize {
         self.seq_length
     }
 
-    /// Makes `window` the `seq_length + 1` bytes of a window: all but the last are inputs, all but
+    /// The stream that the windows are of.
+    pub fn stream(&self) -> &TokenStream {
+        &self.stream
+    }
+
+    /// Makes `window` the `seq_length + 1` tokens of a window: all but the last are inputs, all but
     /// the first are targets. What the buffer held is lost; its memory is used again.
-    pub fn sample(&self, step: u64, index: u64, window: &mut Vec<u8>) {
+    pub fn sample(&self, step: u64, index: u64, window: &mut Vec<u32>) {
         window.resize(self.seq_length + 1, 0);
         self.stream.copy(self.offset(step, index), window);
+    }
+
+    /// The document of each of the `seq_length` inputs of a window, numbered as in
+    /// [`Corpus::documents`](emberlm_text::Corpus::documents): what
+    /// [`BatchData::with_documents`](emberlm_core::BatchData::with_documents) asks for, so that
+    /// attention stays within documents.
+    pub fn documents(&self, step: u64, index: u64) -> Vec<u32> {
+        let start = self.offset(step, index);
+        self.stream.documents(start..start + self.seq_length)
     }
 
     /// Where in the stream a window begins.
@@ -70,10 +94,10 @@ impl TrainingWindows {
     }
 }
 
-/// Windows side by side, for evaluation: together they predict every byte but the first once.
+/// Windows side by side, for evaluation: together they predict every token but the first once.
 ///
 /// Window `w` has the inputs `v[w * seq_length ..][.. seq_length]` of a stream `v`, and as targets
-/// the bytes one further. The last window is shorter unless the lengths divide.
+/// the tokens one further. The last window is shorter unless the lengths divide.
 ///
 /// ```
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -84,31 +108,39 @@ impl TrainingWindows {
 /// std::fs::write(&path, "ember ".repeat(15))?; // its last tenth: "ember ember "[3..]
 /// let windows = EvaluationWindows::new(Corpus::open(&[path])?.held_out(), 5)?;
 /// assert_eq!(windows.len(), 2);
-/// assert_eq!(windows.get(0), (b"er em".to_vec(), b"r emb".to_vec()));
-/// assert_eq!(windows.get(1), (b"ber".to_vec(), b"er ".to_vec()));
+/// let tokens = |text: &str| text.bytes().map(u32::from).collect::<Vec<u32>>();
+/// assert_eq!(windows.get(0), (tokens("er em"), tokens("r emb")));
+/// assert_eq!(windows.get(1), (tokens("ber"), tokens("er ")));
 /// # Ok(())
 /// # }
 /// ```
 #[derive(Clone, Debug)]
 pub struct EvaluationWindows {
-    stream: TextStream,
+    stream: TokenStream,
     seq_length: usize,
 }
 
 impl EvaluationWindows {
-    /// Windows of `seq_length` inputs each, the last one excepted.
+    /// Windows of `seq_length` inputs each, the last one excepted, over tokens or, given a
+    /// [`TextStream`](emberlm_text::TextStream), over bytes.
     ///
     /// # Errors
     /// [`TextError::EmptySequence`], and [`TextError::SequenceTooLong`] if the stream has no more
-    /// than `seq_length` bytes: there is always a full window.
-    pub fn new(stream: TextStream, seq_length: usize) -> Result<Self, TextError> {
+    /// than `seq_length` tokens: there is always a full window.
+    pub fn new(stream: impl Into<TokenStream>, seq_length: usize) -> Result<Self, TextError> {
+        let stream = stream.into();
         check(&stream, seq_length)?;
         Ok(Self { stream, seq_length })
     }
 
-    /// How many bytes each window but the last predicts, and from how many.
+    /// How many tokens each window but the last predicts, and from how many.
     pub fn seq_length(&self) -> usize {
         self.seq_length
+    }
+
+    /// The stream that the windows are of.
+    pub fn stream(&self) -> &TokenStream {
+        &self.stream
     }
 
     /// How many windows there are: at least one.
@@ -124,20 +156,33 @@ impl EvaluationWindows {
     ///
     /// # Panics
     /// If there is no such window.
-    pub fn get(&self, window: usize) -> (Vec<u8>, Vec<u8>) {
+    pub fn get(&self, window: usize) -> (Vec<u32>, Vec<u32>) {
+        let Range { start, end } = self.inputs(window);
+        (
+            self.stream.tokens(start..end),
+            self.stream.tokens(start + 1..end + 1),
+        )
+    }
+
+    /// The document of each input of a window: see [`TrainingWindows::documents`].
+    ///
+    /// # Panics
+    /// If there is no such window.
+    pub fn documents(&self, window: usize) -> Vec<u32> {
+        self.stream.documents(self.inputs(window))
+    }
+
+    /// Where in the stream the inputs of a window are.
+    fn inputs(&self, window: usize) -> Range<usize> {
         let windows = self.len();
         assert!(window < windows, "there is no window {window} of {windows}");
         let start = window * self.seq_length;
-        let end = start + self.seq_length.min(self.targets() - start);
-        (
-            self.stream.bytes(start..end),
-            self.stream.bytes(start + 1..end + 1),
-        )
+        start..start + self.seq_length.min(self.targets() - start)
     }
 
     /// The numbers of `n` full windows, evenly spaced from the first on; of all if there are no
     /// more. They depend on the stream's length and `n` alone, so a loss measured on them during
-    /// training is always over the same bytes.
+    /// training is always over the same tokens.
     pub fn fixed(&self, n: usize) -> Vec<usize> {
         let full = self.targets() / self.seq_length;
         let n = n.min(full);
@@ -145,21 +190,22 @@ impl EvaluationWindows {
         (0..n).map(spaced).collect()
     }
 
-    /// Every byte but the first is one.
+    /// Every token but the first is one.
     fn targets(&self) -> usize {
         self.stream.len() - 1
     }
 }
 
 /// Without `seq_length + 1`, which may overflow, and before a buffer of that size is asked for.
-fn check(stream: &TextStream, seq_length: usize) -> Result<(), TextError> {
+fn check(stream: &TokenStream, seq_length: usize) -> Result<(), TextError> {
     if seq_length == 0 {
         return Err(TextError::EmptySequence);
     }
     if seq_length >= stream.len() {
         return Err(TextError::SequenceTooLong {
             seq_length,
-            text_bytes: stream.len(),
+            length: stream.len(),
+            unit: stream.unit(),
             part: stream.part(),
         });
     }
@@ -171,14 +217,14 @@ mod tests {
     use std::collections::HashSet;
     use std::fs;
 
+    use emberlm_text::{Corpus, TextPart, TokenUnit};
     use proptest::prelude::*;
 
     use super::*;
-    use crate::data::{Corpus, TextPart};
 
     /// A held-out stream of `length` bytes, at least 1, in documents of 73 or fewer, each byte unlike
     /// its neighbours.
-    fn held_out(length: usize) -> TextStream {
+    fn held_out(length: usize) -> TokenStream {
         let folder = tempfile::tempdir().unwrap();
         let bytes: Vec<u8> = (0..length).map(|at| (at * 31 % 127) as u8).collect();
         let mut paths = Vec::new();
@@ -187,8 +233,9 @@ mod tests {
             fs::write(&path, [&vec![b'.'; 9 * part.len()], part].concat()).unwrap();
             paths.push(path);
         }
-        let stream = Corpus::open(&paths).unwrap().held_out();
-        assert_eq!(stream.bytes(0..stream.len()), bytes);
+        let stream = TokenStream::from(Corpus::open(&paths).unwrap().held_out());
+        let tokens: Vec<u32> = bytes.into_iter().map(u32::from).collect();
+        assert_eq!(stream.tokens(0..stream.len()), tokens);
         stream
     }
 
@@ -239,8 +286,26 @@ mod tests {
         for step in 0..50 {
             windows.sample(step, 2, &mut window);
             let offset = windows.offset(step, 2);
-            assert_eq!(window, stream.bytes(offset..offset + 101));
+            assert_eq!(window, stream.tokens(offset..offset + 101));
         }
+    }
+
+    #[test]
+    fn the_documents_of_a_window_are_those_of_its_inputs() {
+        // Documents of 73 bytes.
+        let stream = held_out(300);
+        let windows = TrainingWindows::new(stream.clone(), 100, 1).unwrap();
+        for step in 0..50 {
+            let start = windows.offset(step, 2);
+            let expected: Vec<u32> = (start..start + 100).map(|at| at as u32 / 73).collect();
+            assert_eq!(windows.documents(step, 2), expected);
+        }
+        let windows = EvaluationWindows::new(stream, 100).unwrap();
+        let documents: Vec<u32> = (0..3)
+            .flat_map(|window| windows.documents(window))
+            .collect();
+        let expected: Vec<u32> = (0..299).map(|at| at / 73).collect();
+        assert_eq!(documents, expected);
     }
 
     #[test]
@@ -249,7 +314,7 @@ mod tests {
         let windows = TrainingWindows::new(stream.clone(), 199, 1).unwrap();
         let mut window = Vec::new();
         windows.sample(5, 6, &mut window);
-        assert_eq!(window, stream.bytes(0..200));
+        assert_eq!(window, stream.tokens(0..200));
     }
 
     #[test]
@@ -263,11 +328,12 @@ mod tests {
                 match error {
                     TextError::SequenceTooLong {
                         seq_length,
-                        text_bytes,
+                        length: found,
+                        unit,
                         part,
                     } => assert_eq!(
-                        (seq_length, text_bytes, part),
-                        (length, 200, TextPart::HeldOut)
+                        (seq_length, found, unit, part),
+                        (length, 200, TokenUnit::Byte, TextPart::HeldOut)
                     ),
                     other => panic!("{other:?}"),
                 }
@@ -291,7 +357,7 @@ mod tests {
         let error = EvaluationWindows::new(Corpus::open(&[path]).unwrap().held_out(), 1);
         assert!(matches!(
             error,
-            Err(TextError::SequenceTooLong { text_bytes: 0, .. })
+            Err(TextError::SequenceTooLong { length: 0, .. })
         ));
     }
 
@@ -319,7 +385,7 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(64))]
 
         #[test]
-        fn every_byte_but_the_first_is_predicted_once(
+        fn every_token_but_the_first_is_predicted_once(
             (length, seq_length) in (2_usize..400).prop_flat_map(|length| (Just(length), 1..length)),
         ) {
             let stream = held_out(length);
@@ -335,8 +401,8 @@ mod tests {
                 all_inputs.extend(inputs);
                 all_targets.extend(targets);
             }
-            prop_assert_eq!(all_inputs, stream.bytes(0..length - 1));
-            prop_assert_eq!(all_targets, stream.bytes(1..length));
+            prop_assert_eq!(all_inputs, stream.tokens(0..length - 1));
+            prop_assert_eq!(all_targets, stream.tokens(1..length));
         }
 
         #[test]

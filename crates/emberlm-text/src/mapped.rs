@@ -1,4 +1,4 @@
-//! One UTF-8 file as bytes in memory: mapped if it is large, read if it is small.
+//! One file as bytes in memory: mapped if it is large, read if it is small.
 
 use std::fmt;
 use std::fs::File;
@@ -7,7 +7,7 @@ use std::path::Path;
 
 use memmap2::Mmap;
 
-use super::TextError;
+use crate::TextError;
 
 /// Below this many bytes a file is read, not mapped. A mapping takes whole pages and one of the
 /// 65,530 that Linux grants a process, so a folder of many small files would run out of them.
@@ -25,7 +25,7 @@ const MAPPED_FROM: u64 = 64 * 1024;
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// # let folder = tempfile::tempdir()?;
 /// # let path = folder.path().join("ember.txt");
-/// use emberlm_training::MappedText;
+/// use emberlm_text::MappedText;
 ///
 /// std::fs::write(&path, "a glowing coal")?;
 /// assert_eq!(MappedText::open(&path)?.as_bytes(), b"a glowing coal");
@@ -33,12 +33,7 @@ const MAPPED_FROM: u64 = 64 * 1024;
 /// # }
 /// ```
 pub struct MappedText {
-    content: Content,
-}
-
-enum Content {
-    Mapped(Mmap),
-    Read(Vec<u8>),
+    content: MappedBytes,
 }
 
 impl MappedText {
@@ -48,8 +43,7 @@ impl MappedText {
     /// [`TextError::Missing`], [`TextError::Unreadable`] and [`TextError::InvalidUtf8`].
     pub fn open(path: impl AsRef<Path>) -> Result<Self, TextError> {
         let path = path.as_ref();
-        let mut file = File::open(path).map_err(|cause| TextError::from_io(path, cause))?;
-        let content = load(&mut file).map_err(|cause| TextError::from_io(path, cause))?;
+        let content = MappedBytes::open(path).map_err(|cause| TextError::from_io(path, cause))?;
         let text = Self { content };
         match std::str::from_utf8(text.as_bytes()) {
             Ok(_) => Ok(text),
@@ -62,16 +56,13 @@ impl MappedText {
 
     /// The content. Bytes, not `str`: a mapped file that someone writes to is UTF-8 no longer.
     pub fn as_bytes(&self) -> &[u8] {
-        match &self.content {
-            Content::Mapped(map) => map,
-            Content::Read(bytes) => bytes,
-        }
+        self.content.as_slice()
     }
 }
 
 impl fmt::Debug for MappedText {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mapped = matches!(self.content, Content::Mapped(_));
+        let mapped = matches!(self.content, MappedBytes::Mapped(_));
         f.debug_struct("MappedText")
             .field("bytes", &self.as_bytes().len())
             .field("mapped", &mapped)
@@ -79,14 +70,30 @@ impl fmt::Debug for MappedText {
     }
 }
 
-/// Small files include the empty one, which some systems refuse to map.
-fn load(file: &mut File) -> std::io::Result<Content> {
-    if file.metadata()?.len() < MAPPED_FROM {
-        let mut bytes = Vec::new();
-        file.read_to_end(&mut bytes)?;
-        return Ok(Content::Read(bytes));
+/// The content of any file. What [`MappedText`] asks of the file, this asks too.
+pub(crate) enum MappedBytes {
+    Mapped(Mmap),
+    Read(Vec<u8>),
+}
+
+impl MappedBytes {
+    /// Small files, which are read, include the empty one, which some systems refuse to map.
+    pub(crate) fn open(path: &Path) -> std::io::Result<Self> {
+        let mut file = File::open(path)?;
+        if file.metadata()?.len() < MAPPED_FROM {
+            let mut bytes = Vec::new();
+            file.read_to_end(&mut bytes)?;
+            return Ok(Self::Read(bytes));
+        }
+        map(&file).map(Self::Mapped)
     }
-    map(file).map(Content::Mapped)
+
+    pub(crate) fn as_slice(&self) -> &[u8] {
+        match self {
+            Self::Mapped(map) => map,
+            Self::Read(bytes) => bytes,
+        }
+    }
 }
 
 #[expect(
