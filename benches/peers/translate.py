@@ -18,12 +18,12 @@ in their stack, biases 0.
 Training: 2,560 steps of AdamW (betas 0.9 and 0.98, epsilon 1e-8, decay 0.1 on the weights of linear layers alone), rate
 `1e-3 min(step / 400, sqrt(400 / step))`, which warms up over 400 steps (`--warmup`), gradients clipped to a global norm
 of 1, the mean over target tokens of the cross-entropy with label smoothing 0.1. A batch has at most 1,500 target
-tokens, padding included. In each epoch the pairs are shuffled, sorted by length in pools of 2,000, cut into batches, and the
-batches are shuffled.
+tokens, padding included. In each epoch the pairs are shuffled, sorted by length in pools of 2,000, cut into batches,
+and the batches are shuffled.
 
-Data: a pair is held out by the rule of `PairCorpus::split_random` with seed 0, so both sides hold out the same 500.
-The encoder reads the source's tokens and `<end>`; the decoder reads `<begin>` and the target's tokens and predicts
-these and `<end>`. Held-out sources are translated greedily with a cache, 50 of like length at a time, until all have ended or
+Data: a pair is held out by the rule of `PairCorpus::split_random` with seed 0, so both sides hold out the same 500. The
+encoder reads the source's tokens and `<end>`; the decoder reads `<begin>` and the target's tokens and predicts these
+and `<end>`. Held-out sources are translated greedily with a cache, 50 of like length at a time, until all have ended or
 have twice as many tokens as the longest source and 16 more; BLEU and chrF2 are sacreBLEU's.
 
 From files, to do what another program does:
@@ -559,7 +559,7 @@ def train_and_evaluate(args):
     n_parameters = sum(p.numel() for p in model.parameters())
     print(f"{n_parameters} parameters, torch {torch.__version__}, {args.threads} threads", flush=True)
     ids, training, held_out = load_data(args, model.tokens.num_embeddings)
-    result = train(Trainer(model, batches_of(args, training), args.warmup), args.steps)
+    result = train(Trainer(model, batches_of(args, training), args.warmup), args.steps) if args.steps else {}
     if args.save_weights:
         save_burn_weights(model, args.save_weights)
     if held_out:
@@ -794,28 +794,31 @@ def check():
 
 
 def arguments():
-    def positive(text):
-        value = int(text)
-        if value < 1:
-            raise argparse.ArgumentTypeError("must be at least 1")
-        return value
+    def at_least(least):
+        def parse(text):
+            value = int(text)
+            if value < least:
+                raise argparse.ArgumentTypeError(f"must be at least {least}")
+            return value
+
+        return parse
 
     pairs = HERE.parent.parent / "data" / "verses-en-es.tsv"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=Path, default=pairs, metavar="FILE.tsv", help="source TAB target a line")
-    parser.add_argument("--held-out", type=int, default=500, metavar="N", help="held-out pairs; 500")
-    parser.add_argument("--steps", type=positive, default=2560)
-    parser.add_argument("--warmup", type=positive, default=400, metavar="STEPS")
+    parser.add_argument("--held-out", type=at_least(0), default=500, metavar="N", help="held-out pairs; 500")
+    parser.add_argument("--steps", type=at_least(0), default=2560, help="0 only translates")
+    parser.add_argument("--warmup", type=at_least(1), default=400, metavar="STEPS")
     parser.add_argument("--dropout", type=float, default=0.1, metavar="RATE")
     parser.add_argument("--seed", type=int, default=0, help="of weights, batches and dropout")
-    parser.add_argument("--threads", type=positive, default=THREADS)
+    parser.add_argument("--threads", type=at_least(1), default=THREADS)
     parser.add_argument("--weights", type=Path, metavar="FILE.safetensors", help="where training starts")
     parser.add_argument("--batches", type=Path, metavar="FILE.jsonl", help="the batches, instead of own ones")
     parser.add_argument("--tokenizer", type=Path, metavar="FILE.json", help="a tokenizer, instead of an own one")
     parser.add_argument("--save-weights", type=Path, metavar="FILE.safetensors", help="write the trained weights")
     parser.add_argument("--report", type=Path, metavar="FILE.json")
-    parser.add_argument("--rounds", type=positive, default=5, help="with --beside")
-    parser.add_argument("--round-steps", type=positive, default=10, help="steps of each side a round, with --beside")
+    parser.add_argument("--rounds", type=at_least(1), default=5, help="with --beside")
+    parser.add_argument("--round-steps", type=at_least(1), default=10, help="steps of each side a round, with --beside")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--check", action="store_true", help="compare with torch.nn.Transformer, and end")
     mode.add_argument("--serve", action="store_true", help="answer commands on standard input")
