@@ -47,7 +47,7 @@ From files, to do what another program does:
   `k` takes line `k` and begins again after the last. Nothing is shuffled.
 - `--tokenizer FILE.json`: a file of Hugging Face's `tokenizers` that has `<begin>` and `<end>`.
 
-With `--dropout 0` and the same files the losses are the other program's, up to rounding.
+With `--dropout 0` and the same files the losses must be the other program's, up to rounding.
 
 `--serve` answers commands on standard input, each with a line of JSON, after one with `contender` and `parameters`:
 
