@@ -48,6 +48,45 @@ def timed(call, repeats):
     return times[2:]
 
 
+def burn_names(model):
+    """By name of our parameter: Burn's name of it, and whether Burn keeps it transposed."""
+    from torch import nn
+
+    norms = (nn.LayerNorm, nn.RMSNorm)
+    names = {}
+    for path, module in model.named_modules():
+        for own, _ in module.named_parameters(recurse=False):
+            theirs = {"weight": "gamma", "bias": "beta"}[own] if isinstance(module, norms) else own
+            names[f"{path}.{own}"] = (f"{path}.{theirs}", isinstance(module, nn.Linear) and own == "weight")
+    return names
+
+
+def load_burn_weights(model, path):
+    """Takes weights from a safetensors file with Burn's names and layout; RuntimeError if they are another model's."""
+    from safetensors.torch import load_file
+
+    tensors, names = load_file(path), burn_names(model)
+    if tensors.keys() != {theirs for theirs, _ in names.values()}:
+        raise RuntimeError(f"{path}: the names are those of another model")
+    model.load_state_dict(
+        {ours: tensors[theirs].t() if transposed else tensors[theirs] for ours, (theirs, transposed) in names.items()}
+    )
+
+
+def save_burn_weights(model, path):
+    """Writes what `load_burn_weights` reads."""
+    from safetensors.torch import save_file
+
+    names = burn_names(model)
+    save_file(
+        {
+            theirs: (parameter.t() if transposed else parameter).detach().contiguous()
+            for parameter, (theirs, transposed) in ((model.get_parameter(ours), to) for ours, to in names.items())
+        },
+        path,
+    )
+
+
 def keep_freed_memory():
     """Makes the C library keep freed memory for the next allocations, as our programs do; glibc only."""
     try:

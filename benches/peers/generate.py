@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from common import THREADS, program, run, timed
+from common import THREADS, load_burn_weights, program, run, timed
 from decoder import PRESETS, Decoder
 
 PROMPT = "It is a truth un"
@@ -83,15 +83,9 @@ def generate(model, preset):
 
 
 def load(model, folder):
-    """Takes the weights of a run; Burn keeps those of linear layers transposed and calls a norm's weight gamma."""
-    from safetensors.torch import load_file
-
-    linear = {name + ".weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    weights = {
-        name.replace(".gamma", ".weight"): tensor for name, tensor in load_file(folder / "model.safetensors").items()
-    }
+    """Takes the weights of a run."""
     try:
-        model.load_state_dict({k: v.t() if k in linear else v for k, v in weights.items()})
+        load_burn_weights(model, folder / "model.safetensors")
     except RuntimeError:
         sys.exit(f"{folder} is a run of other sizes: give the --preset it was trained with")
 

@@ -52,6 +52,12 @@ def summary(name, rounds, reference, preset):
     }
 
 
+HEADER = (
+    f"{'':<16} {'ms a step':>9} {'least to most':>18} {'tokens/s':>8} {'ratio':>5} {'cores':>5} {'peak MiB':>8} "
+    f"{'GFLOP/s':>7}"
+)
+
+
 def row(figures):
     def cell(key, width, digits):
         value = figures[key]
@@ -84,10 +90,7 @@ def main():
             f"{args.preset}: {preset.batch_size} x {preset.seq_length} = {preset.tokens_per_step} tokens a step, "
             f"{args.rounds} rounds of {args.steps} steps, {THREADS} threads"
         )
-        print(
-            f"{'':<16} {'ms a step':>9} {'least to most':>18} {'tokens/s':>8} {'ratio':>5} {'cores':>5} "
-            f"{'peak MiB':>8} {'GFLOP/s':>7}"
-        )
+        print(HEADER)
     for name, figures in rounds.items():
         line = summary(name, figures, rounds["emberlm"], preset)
         print(json.dumps({"preset": args.preset, **line}) if args.json else row(line))

@@ -2,7 +2,8 @@
 //!
 //! [`Corpus`] opens files and folders. A [`Tokenizer`] is bytes, or a byte-level BPE that was trained on the text or
 //! loaded. [`TokenFile`] keeps the text as tokens on disk, tokenised once. A [`TokenStream`] reads the training or the
-//! held-out part of either as one run of tokens, and knows which document each of them is of.
+//! held-out part of either as one run of tokens, and knows which document each of them is of. [`PairCorpus`] reads pairs of
+//! sentences; [`corpus_bleu`] and [`corpus_chrf`] judge translations.
 //!
 //! Nothing here holds a position or knows of tensors: what is read depends on where it is asked for alone.
 //!
@@ -41,17 +42,24 @@
 //! ```
 
 mod atomic;
+mod bleu;
+mod chrf;
 mod corpus;
 mod error;
 mod mapped;
+mod ngrams;
+mod pairs;
 mod progress;
 mod token_file;
 mod token_stream;
 mod tokenizer;
 
+pub use bleu::{Bleu, corpus_bleu, sentence_bleu, tokenize_13a};
+pub use chrf::{ChrfOptions, corpus_chrf, sentence_chrf};
 pub use corpus::{Corpus, Document, Fingerprint, TextPart, TextStream};
 pub use error::{TextError, TokenUnit};
 pub use mapped::MappedText;
+pub use pairs::{Pair, PairCorpus, PairError, PairSide, PairSplit};
 pub use progress::Progress;
 pub use token_file::{CacheState, Damage, TokenFile};
 pub use token_stream::TokenStream;
