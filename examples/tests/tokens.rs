@@ -137,7 +137,7 @@ fn a_model_may_know_more_tokens_but_not_fewer() {
 #[test]
 fn text_that_is_too_short_is_counted_in_tokens() {
     let place = Place::new();
-    place.write("short.txt", common::words(60));
+    place.write("short.txt", common::words(30));
     let args = ["--config", CONFIG, "--text", "short.txt", "--out", "run"];
     let ended = place.run("pretrain", &[&args, &BPE[..]].concat());
     ended.assert_refused(&[
