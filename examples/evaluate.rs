@@ -84,14 +84,19 @@ fn evaluate(args: &Args) -> Result<(), AnyError> {
     config.validate(model.max_seq_length())?;
     let text = MappedText::open(&args.text)?;
     let stop = Stop::on_signals()?;
-    complain(format_args!("device: {device_name}"));
-
     let begin = Instant::now();
     let mut tokens = Streamed::new(&run.tokenizer, text.as_bytes());
     let mut lines = Lines::new("reading the text", "bytes").on_standard_error();
-    let watch = |_: &Score| match stop.requested() {
-        true => Err(SlidingError::Stopped),
-        false => Ok(()),
+    // Only once there is something to score: a text that is too short is told by one line.
+    let mut device_name = Some(device_name);
+    let watch = |_: &Score| {
+        if let Some(name) = device_name.take() {
+            complain(format_args!("device: {name}"));
+        }
+        match stop.requested() {
+            true => Err(SlidingError::Stopped),
+            false => Ok(()),
+        }
     };
     let tell = |bytes: usize| lines.tell(bytes as u64, text.as_bytes().len() as u64);
     let score = score(model, tokens.iter(tell), &config, &device, watch)?;
