@@ -39,9 +39,9 @@ def last_json(command):
 
 
 def timed(call, repeats):
-    """The milliseconds of each call, after two that do not count."""
-    times = []
-    for _ in range(repeats + 2):
+    """The milliseconds of each call, after two that do not count; for 0.3 seconds at least, as our programs do."""
+    times, start = [], time.perf_counter()
+    while len(times) < repeats + 2 or time.perf_counter() - start < 0.3:
         begin = time.perf_counter()
         call()
         times.append((time.perf_counter() - begin) * 1e3)
@@ -61,11 +61,17 @@ def burn_names(model):
     return names
 
 
-def load_burn_weights(model, path):
-    """Takes weights from a safetensors file with Burn's names and layout; RuntimeError if they are another model's."""
+def load_burn_weights(model, path, without=()):
+    """Takes weights from a safetensors file with Burn's names and layout; RuntimeError if they are another model's.
+
+    `without` are beginnings of names that the model here has not.
+    """
     from safetensors.torch import load_file
 
-    tensors, names = load_file(path), burn_names(model)
+    def short(name):
+        return next((name.removeprefix(part) for part in without if name.startswith(part)), name)
+
+    tensors, names = {short(name): tensor for name, tensor in load_file(path).items()}, burn_names(model)
     if tensors.keys() != {theirs for theirs, _ in names.values()}:
         raise RuntimeError(f"{path}: the names are those of another model")
     model.load_state_dict(

@@ -85,7 +85,7 @@ def generate(model, preset):
 def load(model, folder):
     """Takes the weights of a run."""
     try:
-        load_burn_weights(model, folder / "model.safetensors")
+        load_burn_weights(model, folder / "model.safetensors", without=("embedding.", "stack."))
     except RuntimeError:
         sys.exit(f"{folder} is a run of other sizes: give the --preset it was trained with")
 

@@ -8,7 +8,11 @@
 //! takes by itself. Of an operator with two outputs it can begin at one tensor only, so `add_norm` ends with their sum, on both
 //! sides. Gradients and outputs are freed in the timed part.
 
-use std::{error::Error, process::ExitCode, time::Instant};
+use std::{
+    error::Error,
+    process::ExitCode,
+    time::{Duration, Instant},
+};
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use clap::{Parser, ValueEnum};
@@ -38,6 +42,8 @@ const EPSILON: f64 = 1e-5;
 const MAX_ELEMENTS: usize = 1 << 30;
 /// Repeats that do not count: the first ones allocate.
 const UNCOUNTED: usize = 2;
+/// However short a call is, it is repeated for so long: a few milliseconds would show the moment, not the operator.
+const AT_LEAST: Duration = Duration::from_millis(300);
 
 /// Time an operator of a layer
 #[derive(Parser)]
@@ -63,7 +69,7 @@ struct Args {
     /// Forward and backward pass under autodiff, instead of the forward pass alone
     #[arg(long)]
     backward: bool,
-    /// Repeats, after two that are not counted
+    /// Repeats at least, after two that are not counted, and for 0.3 seconds at least
     #[arg(long, default_value_t = 20)]
     repeats: usize,
     /// Device
@@ -440,18 +446,17 @@ impl<'a> Bench<'a> {
     fn time(&self, call: Box<dyn Fn()>) -> Result<Times, Box<dyn Error>> {
         let mut times = Vec::with_capacity(self.args.repeats);
         let mut peak_bytes = 0;
-        for repeat in 0..UNCOUNTED + self.args.repeats {
+        let start = Instant::now();
+        while times.len() < UNCOUNTED + self.args.repeats || start.elapsed() < AT_LEAST {
             let before = MEMORY.current_usage();
             MEMORY.reset_peak_usage();
             let begin = Instant::now();
             call();
             self.device.sync()?;
-            let time = begin.elapsed().as_secs_f64() * 1e3;
-            if repeat >= UNCOUNTED {
-                times.push(time);
-            }
+            times.push(begin.elapsed().as_secs_f64() * 1e3);
             peak_bytes = peak_bytes.max(MEMORY.peak_usage().saturating_sub(before));
         }
+        times.drain(..UNCOUNTED);
         times.sort_by(f64::total_cmp);
         Ok(Times {
             median_ms: (times[(times.len() - 1) / 2] + times[times.len() / 2]) / 2.0,

@@ -1,19 +1,11 @@
 //! Rows shared among threads, and sums over them that do not depend on the number of threads.
 
-use std::{
-    ops::Range,
-    sync::{
-        Mutex,
-        atomic::{AtomicUsize, Ordering},
-    },
-};
+use std::ops::Range;
 
-/// Elements up to which one thread does the work. Waking a second one takes some 10 microseconds; two were faster from
-/// 30,000 elements of an exact GELU on, from 80,000 of a layer norm and from 100,000 of a ReLU, on a machine with nothing
-/// else to do (docs/record/2026-11-24-operators.md).
-const SERIAL: usize = 1 << 16;
-/// Elements of a part at least.
-const PART: usize = 1 << 13;
+use rayon::prelude::*;
+
+/// Elements below which one thread is faster than two.
+const SERIAL: usize = 1 << 14;
 /// Into how many parts sums over rows are cut at most.
 const MAX_PARTS: usize = 16;
 /// Rows that are summed one after another. Sums of such sums are more exact than one long sum.
@@ -49,40 +41,16 @@ fn in_parts<T: Send>(
     most: usize,
     work: impl Fn(Range<usize>) -> T + Sync,
 ) -> Vec<T> {
-    let rows_a_part = n_rows.div_ceil(most).max(PART.div_ceil(width.max(1)));
+    let rows_a_part = n_rows.div_ceil(most).max(SERIAL.div_ceil(2 * width.max(1)));
     let range = |part: usize| part * rows_a_part..n_rows.min((part + 1) * rows_a_part);
     let n_parts = n_rows.div_ceil(rows_a_part);
-    let n_threads = match n_rows * width <= SERIAL {
-        true => 1,
-        false => rayon::current_num_threads().min(n_parts),
-    };
-    if n_threads == 1 {
-        return (0..n_parts).map(|part| work(range(part))).collect();
+    match n_rows * width <= SERIAL {
+        true => (0..n_parts).map(|part| work(range(part))).collect(),
+        false => {
+            let parts = (0..n_parts).into_par_iter().with_max_len(1);
+            parts.map(|part| work(range(part))).collect()
+        }
     }
-    let next = AtomicUsize::new(0);
-    let done = Mutex::new(Vec::with_capacity(n_parts));
-    let take_parts = || {
-        loop {
-            let part = next.fetch_add(1, Ordering::Relaxed);
-            if part >= n_parts {
-                return;
-            }
-            let result = work(range(part));
-            done.lock()
-                .expect("nothing panics in the lock")
-                .push((part, result));
-        }
-    };
-    // The calling thread works too: it need not wait until another has woken up.
-    rayon::in_place_scope(|scope| {
-        for _ in 1..n_threads {
-            scope.spawn(|_| take_parts());
-        }
-        take_parts();
-    });
-    let mut done = done.into_inner().expect("nothing panics in the lock");
-    done.sort_unstable_by_key(|(part, _)| *part);
-    done.into_iter().map(|(_, result)| result).collect()
 }
 
 #[cfg(test)]

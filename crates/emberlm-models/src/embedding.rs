@@ -102,7 +102,9 @@ impl PositionsConfig {
                 scaling,
             } => {
                 let rotary = rotary.with_theta(*theta).with_layout(*layout);
-                let rotary = rotary.with_d_rotary(*d_rotary).with_scaling(scaling.clone());
+                let rotary = rotary
+                    .with_d_rotary(*d_rotary)
+                    .with_scaling(scaling.clone());
                 stack.with_rotary(Some(rotary))
             }
             Self::Alibi => stack.with_alibi(true),
@@ -118,7 +120,9 @@ impl PositionsConfig {
                 let scale = (!scaled).then_some(1.0);
                 stack.with_relative_bias(Some(bias)).with_scale(scale)
             }
-            Self::None | Self::Learned { .. } | Self::LearnedOffset { .. } | Self::Sinusoidal => stack,
+            Self::None | Self::Learned { .. } | Self::LearnedOffset { .. } | Self::Sinusoidal => {
+                stack
+            }
         }
     }
 }

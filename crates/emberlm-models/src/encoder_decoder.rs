@@ -7,9 +7,9 @@ use burn::{
     tensor::{Device, Int, Tensor},
 };
 use emberlm_core::{
-    Activation, BatchData, CachedModel, Context, CrossEntropy, CrossEntropyConfig, InvalidConfig, Lengths,
-    LossModel, NormConfig, NormPlacement, Pattern, RandomKey, Source, TokenBatch, XavierInit,
-    assert_valid, operators::Projection,
+    Activation, BatchData, CachedModel, Context, CrossEntropy, CrossEntropyConfig, InvalidConfig,
+    Lengths, LossModel, NormConfig, NormPlacement, Pattern, RandomKey, Source, TokenBatch,
+    XavierInit, assert_valid, operators::Projection,
 };
 
 use crate::{

@@ -10,9 +10,10 @@ use emberlm_attention::{
     MultiHeadAttentionConfig,
 };
 use emberlm_core::{
-    Activation, BatchData, Context, CrossInput, CrossMixer, DecodingCache, FeedForward, FeedForwardConfig,
-    GatedMlp, InvalidConfig, KvCache, Lengths, Mlp, Norm, NormConfig, NormPlacement, Pattern,
-    RelativeBias, RelativeBiasConfig, ResidualBlock, ResidualBlockConfig, ResidualStream, RotaryConfig, SequenceMixer, alibi_slopes, assert_valid,
+    Activation, BatchData, Context, CrossInput, CrossMixer, DecodingCache, FeedForward,
+    FeedForwardConfig, GatedMlp, InvalidConfig, KvCache, Lengths, Mlp, Norm, NormConfig,
+    NormPlacement, Pattern, RelativeBias, RelativeBiasConfig, ResidualBlock, ResidualBlockConfig,
+    ResidualStream, RotaryConfig, SequenceMixer, alibi_slopes, assert_valid,
 };
 
 /// The kind of feed-forward layer.

@@ -77,8 +77,8 @@ fn largest_magnitude(data: &TensorData) -> f64 {
         .fold(0.0, |largest, x| largest.max(x.abs()))
 }
 
-/// Every gradient. Those of the keys' biases are zero but for rounding on both sides: a shift of all keys changes no
-/// softmax.
+/// Every gradient. Those of the keys' biases are zero but for rounding on both sides, small beside those of the queries'
+/// biases: a shift of all keys changes no softmax.
 fn check_gradients<M: Module>(
     model: &M,
     gradients: &burn::tensor::Gradients,
