@@ -4,20 +4,16 @@
 
 use std::{
     io::{Write, stdout},
-    path::{Path, PathBuf},
+    path::PathBuf,
     process::ExitCode,
     time::Instant,
 };
 
-use burn::{module::Module, tensor::Device};
 use clap::Parser;
-use emberlm::{
-    core::{CachedModel, GenerationError, Generator, SamplingConfig, StopStrings, Utf8Stream},
-    models::{Decoder, load_decoder},
-    text::Tokenizer,
-    training::{CheckpointReader, LanguageModel, RunFolder, Session},
+use emberlm::core::{
+    CachedModel, GenerationError, Generator, SamplingConfig, StopStrings, Utf8Stream,
 };
-use emberlm_examples::{RunConfig, choose_device, exit_with};
+use emberlm_examples::{LoadedRun, RunModel, choose_device, exit_with};
 
 /// Write text with a trained model
 #[derive(Parser)]
@@ -82,12 +78,16 @@ fn generate(args: &Args) -> Result<(), AnyError> {
         return Err(GenerationError::EmptyPrompt.into());
     }
     let (device_name, device) = choose_device(args.device.as_deref())?;
-    let (model, tokenizer) = load(&args.run, &device)?;
+    let run = LoadedRun::load(&args.run, &device)?;
+    let RunModel::Decoder(model) = &run.model else {
+        return Err(run.unfit(&args.run));
+    };
+    let tokenizer = &run.tokenizer;
     eprintln!("device: {device_name}");
 
     let prompt = tokenizer.encode(&args.prompt);
     let mut generator =
-        Generator::new(&model, &prompt, args.max_tokens as usize, sampling, &device)?;
+        Generator::new(model, &prompt, args.max_tokens as usize, sampling, &device)?;
     let mut characters = Utf8Stream::new();
     let begin = Instant::now();
     let mut n_tokens = 0;
@@ -123,39 +123,4 @@ fn generate(args: &Args) -> Result<(), AnyError> {
 fn show(text: &str) -> std::io::Result<()> {
     stdout().write_all(text.as_bytes())?;
     stdout().flush()
-}
-
-/// The model of a run and its tokenizer: its weights, or its last checkpoint if it was killed before it wrote them.
-fn load(run: &Path, device: &Device) -> Result<(Decoder, Tokenizer), AnyError> {
-    if !run.join(RunFolder::CONFIG).is_file() {
-        return Err(format!(
-            "{} holds no run: give the folder that pretrain wrote",
-            run.display()
-        )
-        .into());
-    }
-    let config = RunConfig::read(&run.join(RunFolder::CONFIG))?;
-    let tokenizer = config.load_tokenizer(run)?;
-    if run.join(RunFolder::WEIGHTS).is_file() {
-        return Ok((load_decoder(run, device)?.1, tokenizer));
-    }
-    let reader = CheckpointReader::open(&run.join(RunFolder::CHECKPOINTS))?;
-    let Some(loaded) = reader.load_newest()? else {
-        return Err(format!(
-            "{} has no weights yet: let it train to its first checkpoint",
-            run.display()
-        )
-        .into());
-    };
-    for damaged in &loaded.damaged {
-        eprintln!("warning: {damaged}");
-    }
-    eprintln!(
-        "the run was not finished: taking its checkpoint of step {}",
-        loaded.checkpoint.step
-    );
-    let model = LanguageModel::new(config.model.init(device), 0.0, 0.0);
-    let session = Session::new(model, &config.training);
-    let session = session.restore(&loaded.checkpoint, reader.dir())?;
-    Ok((session.model.model.valid(), tokenizer))
 }

@@ -1,4 +1,4 @@
-//! Pretrains a decoder-only language model on text, shows how it goes, and writes a sample at the end.
+//! Pretrains a language model on text, shows how it goes, and writes a sample at the end.
 //!
 //! cargo run --release --example pretrain -- --help
 
@@ -10,25 +10,30 @@ use std::{
     path::{Path, PathBuf},
     process::ExitCode,
     sync::Arc,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
-use burn::{module::Module, tensor::Device};
+use burn::{
+    data::dataloader::DataLoader,
+    module::Module,
+    tensor::{Device, Int, Tensor},
+};
 use clap::Parser;
 use emberlm::{
-    core::{Generator, SamplingConfig, Utf8Stream},
-    models::{Decoder, save_weights},
-    text::{CacheState, Corpus, Progress, TokenFile, TokenStream, Tokenizer, TokenizerChoice},
+    core::{Generator, IGNORED_TARGET, RandomKey, SamplingConfig, Utf8Stream},
+    models::{Decoder, Encoder, EncoderDecoder, save_weights},
+    text::{CacheState, Corpus, TokenFile, TokenStream, Tokenizer, TokenizerChoice},
     training::{
-        CheckpointStore, Ending, EvaluationLoader, EvaluationWindows, LanguageModel, LineRenderer,
-        MAX_SKIPPED_IN_A_ROW, MetricsLog, Report, RunFolder, RunHistory, Session, Trained, Trainer,
-        TrainingError, TrainingLoader, TrainingWindows, Watch, evaluate, peak_memory_bytes,
-        short_duration,
+        Batching, CheckpointStore, Ending, EvaluationLoader, EvaluationWindows, LanguageModel,
+        LineRenderer, MAX_SKIPPED_IN_A_ROW, MetricsLog, Objective, Report, RunFolder, RunHistory,
+        Session, TokenBatch, Trainable, Trained, Trainer, TrainingError, TrainingLoader,
+        TrainingWindows, Watch, evaluate, peak_memory_bytes, short_duration,
     },
 };
 use emberlm_examples::{
-    Overrides, Preset, RunConfig, Stop, TokenizerRecord, choose_device, complain, exit_with,
-    keep_ctrl_c, plot, say,
+    Lines, MaskedAccuracy, ModelConfig, NeighbourTable, ObjectiveKind, Overrides, Preset,
+    RunConfig, Stop, TokenizerRecord, Vocabulary, choose_device, complain, exit_with, fill_spans,
+    keep_ctrl_c, masked_accuracy, plot, say, text_with_special_tokens,
 };
 
 /// Pretrain a language model on text
@@ -46,9 +51,16 @@ struct Args {
     /// Folder where the text is kept as tokens, which runs share
     #[arg(long, value_name = "DIR", default_value = "runs/tokens")]
     cache: PathBuf,
-    /// A model and a plan by name [default: tiny]
+    /// What the model learns: to say the next token, hidden tokens, or spans that are cut out [default: what the preset is
+    /// for]
+    #[arg(long)]
+    objective: Option<ObjectiveKind>,
+    /// A model and a plan by name [default: tiny, bert-tiny or t5-tiny, by the objective]
     #[arg(long)]
     preset: Option<Preset>,
+    /// Keep attention within documents, where a window holds several
+    #[arg(long)]
+    documents: bool,
     /// A JSON file with any fields of the model and the plan, over the preset
     #[arg(long, value_name = "FILE.json")]
     config: Option<PathBuf>,
@@ -104,8 +116,24 @@ struct Plan {
     earlier_steps: Option<u64>,
     training: Arc<TrainingWindows>,
     held_out: Arc<EvaluationWindows>,
+    batching: Batching,
     tokenizer: Tokenizer,
     prompt: String,
+}
+
+impl Plan {
+    /// Windows of the held-out text.
+    fn evaluation(&self, chosen: &[usize], device: &Device) -> EvaluationLoader {
+        let batch_size = self.config.training.batch_size;
+        EvaluationLoader::new(self.held_out.clone(), chosen, batch_size, device)
+            .with_batching(self.batching.clone())
+    }
+
+    /// All windows of the held-out text.
+    fn whole_held_out(&self, device: &Device) -> EvaluationLoader {
+        let all: Vec<usize> = (0..self.held_out.len()).collect();
+        self.evaluation(&all, device)
+    }
 }
 
 // Bytes of held-out text that the sample continues.
@@ -119,7 +147,22 @@ fn pretrain(args: &Args) -> Result<ExitCode, AnyError> {
     if let Some(path) = &args.report {
         check_writable(path)?;
     }
-    let stop = Stop::on_signals()?;
+    let (device, stop) = (&device, Stop::on_signals()?);
+    match plan.config.model.clone() {
+        ModelConfig::Decoder(config) => run(args, &plan, device, &stop, |d| config.init(d)),
+        ModelConfig::Encoder(config) => run(args, &plan, device, &stop, |d| config.init(d)),
+        ModelConfig::EncoderDecoder(config) => run(args, &plan, device, &stop, |d| config.init(d)),
+    }
+}
+
+/// Trains a model of one architecture, that of `init`.
+fn run<N: Shown>(
+    args: &Args,
+    plan: &Plan,
+    device: &Device,
+    stop: &Stop,
+    init: impl FnOnce(&Device) -> N,
+) -> Result<ExitCode, AnyError> {
     let folder = match (&args.resume, &args.out) {
         (Some(path), _) => RunFolder::open(path)?,
         (None, Some(path)) => RunFolder::create(path)?,
@@ -132,8 +175,8 @@ fn pretrain(args: &Args) -> Result<ExitCode, AnyError> {
         // At once: a run that is killed while its model is made can be resumed too.
         plan.config.write(&folder.file(RunFolder::CONFIG))?;
     }
-    let trainer = prepare(&plan, &folder, &device)?;
-    announce(&plan, &folder, &trainer);
+    let trainer = prepare(plan, &folder, init(&device.clone().autodiff()))?;
+    announce(plan, &folder, &trainer);
     plan.config.write(&folder.file(RunFolder::CONFIG))?;
     let weights = folder.file(RunFolder::WEIGHTS);
     if trainer.session.counters.step < plan.config.training.steps {
@@ -145,7 +188,7 @@ fn pretrain(args: &Args) -> Result<ExitCode, AnyError> {
         }
     }
 
-    let (trainer, ending) = match train(trainer, &plan, &folder, &device, &stop, args.no_tui) {
+    let (trainer, ending) = match train(trainer, plan, &folder, device, stop, args.no_tui) {
         Ok(trained) => trained,
         Err(Killed) => {
             complain(format_args!(
@@ -174,14 +217,14 @@ fn pretrain(args: &Args) -> Result<ExitCode, AnyError> {
             return Ok(ExitCode::from(1));
         }
     }
-    let Some(valid_loss) = evaluate_all(&trainer, &plan, &device, &stop)? else {
+    let Some(measured) = measure(&trainer, plan, device, stop)? else {
         say(format_args!(
             "stopped before the whole held-out text was read; all {step} steps are saved: {how_to_resume}"
         ));
         return Ok(ExitCode::SUCCESS);
     };
-    report(args, &trainer, &plan, &folder, valid_loss)?;
-    sample(&trainer.session.model, &plan, &device)?;
+    report(args, &trainer, plan, &folder, &measured)?;
+    trainer.session.model.model.valid().show(plan, device)?;
     say(format_args!("\nrun: {}", folder.path().display()));
     Ok(ExitCode::SUCCESS)
 }
@@ -189,6 +232,8 @@ fn pretrain(args: &Args) -> Result<ExitCode, AnyError> {
 /// Resolves and validates configuration and text.
 fn plan(args: &Args) -> Result<Plan, AnyError> {
     let overrides = Overrides {
+        objective: args.objective,
+        documents: args.documents,
         preset: args.preset,
         file: args.config.clone(),
         steps: args.steps,
@@ -249,20 +294,27 @@ fn plan(args: &Args) -> Result<Plan, AnyError> {
                 RunFolder::check_free(path)?;
             }
             let choice = choice.unwrap_or(TokenizerChoice::Bytes);
+            let objective = overrides.objective()?;
             if let TokenizerChoice::Bpe { vocab_size } = choice {
                 // Before the training of the tokenizer, which may take minutes.
-                overrides.resolve(vocab_size)?;
+                overrides.resolve(&Vocabulary::planned(vocab_size, objective)?)?;
             }
             let mut lines = Lines::new("training the tokenizer", "bytes");
-            let tokenizer = choice.resolve(&corpus, &[], |progress| lines.tell_bytes(progress))?;
-            let (model, training) = overrides.resolve(tokenizer.vocab_size())?;
+            let special = objective.special_tokens();
+            let special: Vec<&str> = special.iter().map(String::as_str).collect();
+            let tokenizer =
+                choice.resolve(&corpus, &special, |progress| lines.tell_bytes(progress))?;
+            let vocabulary = Vocabulary::of(&tokenizer, objective)?;
+            let sections = overrides.resolve(&vocabulary)?;
             let sources = sources
                 .iter()
                 .map(std::path::absolute)
                 .collect::<Result<_, _>>()?;
             let config = RunConfig {
-                model,
-                training,
+                model: sections.model,
+                objective: sections.objective,
+                within_documents: overrides.documents,
+                training: sections.training,
                 sources,
                 documents,
                 tokenizer: TokenizerRecord::of(&tokenizer, &choice),
@@ -274,7 +326,11 @@ fn plan(args: &Args) -> Result<Plan, AnyError> {
     let held_out = corpus.held_out();
     let prompt = held_out.bytes(0..PROMPT_BYTES.min(held_out.len()));
     let [training, held_out] = streams(&corpus, &tokenizer, &args.cache)?;
+    let batching = Batching::new(config.objective.clone(), seed)
+        .with_tokenizer(tokenizer.clone())
+        .with_documents(config.within_documents);
     Ok(Plan {
+        batching,
         training: Arc::new(TrainingWindows::new(training, seq_length, seed)?),
         held_out: Arc::new(EvaluationWindows::new(held_out, seq_length)?),
         tokenizer,
@@ -317,44 +373,6 @@ fn streams(
         }
     ));
     Ok(streams)
-}
-
-/// Says every ten seconds how far a piece of work is.
-struct Lines {
-    what: &'static str,
-    unit: &'static str,
-    begin: Instant,
-    last: Instant,
-}
-
-impl Lines {
-    fn new(what: &'static str, unit: &'static str) -> Self {
-        let begin = Instant::now();
-        Self {
-            what,
-            unit,
-            begin,
-            last: begin,
-        }
-    }
-
-    fn tell(&mut self, done: u64, total: u64) {
-        if done == 0 || self.last.elapsed() < Duration::from_secs(10) {
-            return;
-        }
-        self.last = Instant::now();
-        let left = (total - done) as f64 / done as f64;
-        say(format_args!(
-            "{}: {done}/{total} {}  ETA {}",
-            self.what,
-            self.unit,
-            short_duration(self.begin.elapsed().mul_f64(left))
-        ));
-    }
-
-    fn tell_bytes(&mut self, progress: Progress) {
-        self.tell(progress.done, progress.total);
-    }
 }
 
 /// The text that comes with the repository: beside the current folder, or where the program was built.
@@ -403,9 +421,12 @@ fn check_writable(path: &Path) -> Result<(), AnyError> {
 }
 
 /// A new session, or the one of the last intact checkpoint.
-fn prepare(plan: &Plan, folder: &RunFolder, device: &Device) -> Result<Trainer<Decoder>, AnyError> {
+fn prepare<N: Trainable>(
+    plan: &Plan,
+    folder: &RunFolder,
+    model: N,
+) -> Result<Trainer<N>, AnyError> {
     let training = &plan.config.training;
-    let model = plan.config.model.init(&device.clone().autodiff());
     let model = LanguageModel::new(model, training.label_smoothing, training.z_loss);
     let mut session = Session::new(model, training);
     let checkpoints = CheckpointStore::open(&folder.file(RunFolder::CHECKPOINTS))?;
@@ -438,11 +459,15 @@ fn prepare(plan: &Plan, folder: &RunFolder, device: &Device) -> Result<Trainer<D
     })
 }
 
-fn announce(plan: &Plan, folder: &RunFolder, trainer: &Trainer<Decoder>) {
+fn announce<N: Trainable>(plan: &Plan, folder: &RunFolder, trainer: &Trainer<N>) {
     let training = &plan.config.training;
     say(format_args!(
-        "model: {} parameters; {} steps of {} x {} tokens; run: {}",
+        "model: {} parameters{}; {} steps of {} x {} tokens; run: {}",
         trainer.session.model.num_params(),
+        match &plan.config.objective {
+            Objective::Causal => String::new(),
+            objective => format!(", objective {}", objective.name()),
+        },
         training.steps,
         training.batch_size,
         training.seq_length,
@@ -466,20 +491,20 @@ fn announce(plan: &Plan, folder: &RunFolder, trainer: &Trainer<Decoder>) {
 /// The dashboard's user killed the run.
 struct Killed;
 
-fn train(
-    trainer: Trainer<Decoder>,
+fn train<N: Trainable>(
+    trainer: Trainer<N>,
     plan: &Plan,
     folder: &RunFolder,
     device: &Device,
     stop: &Stop,
     no_tui: bool,
-) -> Result<Trained<Decoder>, Killed> {
+) -> Result<Trained<N>, Killed> {
     let config = &plan.config.training;
     let step = trainer.session.counters.step;
-    let training = TrainingLoader::new(plan.training.clone(), config, step + 1, device);
+    let training = TrainingLoader::new(plan.training.clone(), config, step + 1, device)
+        .with_batching(plan.batching.clone());
     let chosen = plan.held_out.fixed(config.validation_windows);
-    let validation =
-        EvaluationLoader::new(plan.held_out.clone(), &chosen, config.batch_size, device);
+    let validation = plan.evaluation(&chosen, device);
     let dashboard = stdout().is_terminal() && !no_tui;
     let lines = || {
         let every = Duration::from_secs(10);
@@ -515,44 +540,65 @@ fn message(payload: &(dyn Any + Send)) -> Option<&str> {
         .or_else(|| payload.downcast_ref::<String>().map(String::as_str))
 }
 
-/// The loss over the whole held-out text; nothing if a signal came in between.
-fn evaluate_all(
-    trainer: &Trainer<Decoder>,
+/// The figures of the whole held-out text.
+struct Measured {
+    loss: f64,
+    accuracy: Option<MaskedAccuracy>,
+}
+
+/// Reads the whole held-out text; nothing if a signal came in between.
+fn measure<N: Shown>(
+    trainer: &Trainer<N>,
     plan: &Plan,
     device: &Device,
     stop: &Stop,
-) -> Result<Option<f64>, TrainingError> {
-    let all: Vec<usize> = (0..plan.held_out.len()).collect();
-    let batch_size = plan.config.training.batch_size;
-    let loader = EvaluationLoader::new(plan.held_out.clone(), &all, batch_size, device);
-    let mut lines = Lines::new("reading the held-out text", "windows");
-    let mut done = 0;
-    let result = evaluate(&trainer.session.model, &loader, |_, rows| {
-        done += rows;
-        lines.tell(done as u64, all.len() as u64);
-        if stop.requested() {
-            return Err(TrainingError::Stopped);
-        }
-        Ok(())
+) -> Result<Option<Measured>, TrainingError> {
+    let loader = plan.whole_held_out(device);
+    let mut watch = watched("reading the held-out text", &loader, stop);
+    let model = &trainer.session.model;
+    let loss = evaluate(model, &loader, |_, rows| watch(rows));
+    let measured = loss.and_then(|loss| {
+        let accuracy = model.model.valid().accuracy(plan, device, stop)?;
+        Ok(Measured { loss, accuracy })
     });
-    match result {
+    match measured {
         Err(TrainingError::Stopped) => Ok(None),
-        result => result.map(Some),
+        measured => measured.map(Some),
+    }
+}
+
+/// Says how far the windows of a loader are read, and stops at a signal.
+fn watched(
+    what: &'static str,
+    loader: &dyn DataLoader<TokenBatch>,
+    stop: &Stop,
+) -> impl FnMut(usize) -> Result<(), TrainingError> {
+    let mut lines = Lines::new(what, "windows");
+    let (mut done, total) = (0, loader.num_items() as u64);
+    move |rows| {
+        done += rows as u64;
+        lines.tell(done, total);
+        match stop.requested() {
+            true => Err(TrainingError::Stopped),
+            false => Ok(()),
+        }
     }
 }
 
 // The training loss of a report is the mean over so many of the last steps.
 const TRAIN_LOSS_STEPS: usize = 100;
 
-fn report(
+fn report<N: Trainable>(
     args: &Args,
-    trainer: &Trainer<Decoder>,
+    trainer: &Trainer<N>,
     plan: &Plan,
     folder: &RunFolder,
-    valid_loss: f64,
+    measured: &Measured,
 ) -> Result<(), AnyError> {
-    let bits_per_byte =
-        valid_loss / std::f64::consts::LN_2 / plan.held_out.stream().bytes_per_token();
+    let valid_loss = measured.loss;
+    // Only a causal model says the whole text.
+    let bits_per_byte = (plan.config.objective == Objective::Causal)
+        .then(|| valid_loss / std::f64::consts::LN_2 / plan.held_out.stream().bytes_per_token());
     let counters = &trainer.session.counters;
     let history = RunHistory::load(folder.path())?;
     let losses: Vec<f64> = history
@@ -565,12 +611,14 @@ fn report(
     let report = Report {
         train_loss: Some(train_loss),
         valid_loss: Some(valid_loss),
-        bits_per_byte: Some(bits_per_byte),
+        bits_per_byte,
         tokens_per_second: counters.tokens_per_second(),
         peak_memory_bytes: peak_memory_bytes(),
         parameters: Some(trainer.session.model.num_params() as u64),
         steps: Some(counters.step),
         seconds: Some(counters.seconds),
+        masked_accuracy: measured.accuracy.map(|accuracy| accuracy.model),
+        neighbour_accuracy: measured.accuracy.map(|accuracy| accuracy.neighbours),
     };
     report.write(folder.file(Report::FILE_NAME))?;
     if let Some(path) = &args.report {
@@ -582,14 +630,31 @@ fn report(
         &folder.file("curves.png"),
     )?;
     say(format_args!(
-        "trained {} steps in {}{}: train loss {train_loss:.4}, validation loss {valid_loss:.4} over the whole held-out text ({bits_per_byte:.4} bits per byte)",
+        "trained {} steps in {}{}: train loss {train_loss:.4}, validation loss {valid_loss:.4} over {} held-out text{}",
         counters.step,
         short_duration(Duration::from_secs_f64(counters.seconds)),
         match counters.tokens_per_second() {
             Some(speed) => format!(" at {speed:.0} tokens/s"),
             None => String::new(),
+        },
+        match plan.config.objective {
+            Objective::Causal => "the whole",
+            Objective::Masked(_) => "the hidden tokens of the whole",
+            Objective::Spans(_) => "the spans of the whole",
+        },
+        match bits_per_byte {
+            Some(bits) => format!(" ({bits:.4} bits per byte)"),
+            None => String::new(),
         }
     ));
+    if let Some(accuracy) = measured.accuracy {
+        say(format_args!(
+            "masked accuracy: {:.1} % of {} hidden tokens; a table of counts by neighbours finds {:.1} %",
+            100.0 * accuracy.model,
+            accuracy.n_hidden,
+            100.0 * accuracy.neighbours
+        ));
+    }
     if counters.skipped > 0 {
         say(format_args!(
             "{} steps were skipped: their loss or gradient was not finite",
@@ -599,24 +664,110 @@ fn report(
     Ok(())
 }
 
-fn sample(model: &LanguageModel<Decoder>, plan: &Plan, device: &Device) -> Result<(), AnyError> {
-    let tokens = plan.tokenizer.encode(&plan.prompt);
-    let sampling = SamplingConfig::default()
-        .with_temperature(0.8)
-        .with_top_p(Some(0.95));
-    let model = model.model.valid();
-    // As with `say`, nobody need be listening.
-    let show = |text: &str| {
-        let _ = stdout()
-            .write_all(text.as_bytes())
-            .and_then(|()| stdout().flush());
-    };
-    say("\n--- the model continues the held-out text ---");
-    show(&plan.prompt);
-    let mut characters = Utf8Stream::new();
-    for token in Generator::new(&model, &tokens, SAMPLE_TOKENS, sampling, device)? {
-        show(&characters.push(&plan.tokenizer.decode_bytes(&[token?])));
+/// A model that can show what it has learned.
+trait Shown: Trainable {
+    /// How many hidden tokens it finds; nothing where none are hidden.
+    fn accuracy(
+        &self,
+        _plan: &Plan,
+        _device: &Device,
+        _stop: &Stop,
+    ) -> Result<Option<MaskedAccuracy>, TrainingError> {
+        Ok(None)
     }
-    say(characters.finish());
-    Ok(())
+
+    /// Prints something that it makes of the held-out text.
+    fn show(&self, plan: &Plan, device: &Device) -> Result<(), AnyError>;
+}
+
+impl Shown for Decoder {
+    fn show(&self, plan: &Plan, device: &Device) -> Result<(), AnyError> {
+        let tokens = plan.tokenizer.encode(&plan.prompt);
+        let sampling = SamplingConfig::default()
+            .with_temperature(0.8)
+            .with_top_p(Some(0.95));
+        // As with `say`, nobody need be listening.
+        let show = |text: &str| {
+            let _ = stdout()
+                .write_all(text.as_bytes())
+                .and_then(|()| stdout().flush());
+        };
+        say("\n--- the model continues the held-out text ---");
+        show(&plan.prompt);
+        let mut characters = Utf8Stream::new();
+        for token in Generator::new(self, &tokens, SAMPLE_TOKENS, sampling, device)? {
+            show(&characters.push(&plan.tokenizer.decode_bytes(&[token?])));
+        }
+        say(characters.finish());
+        Ok(())
+    }
+}
+
+impl Shown for Encoder {
+    fn accuracy(
+        &self,
+        plan: &Plan,
+        device: &Device,
+        stop: &Stop,
+    ) -> Result<Option<MaskedAccuracy>, TrainingError> {
+        let Objective::Masked(config) = &plan.config.objective else {
+            return Ok(None);
+        };
+        let table = NeighbourTable::count(plan.training.stream());
+        let loader = plan.whole_held_out(device);
+        let watch = watched("finding hidden tokens", &loader, stop);
+        masked_accuracy(self, &table, &loader, config.mask_token, watch).map(Some)
+    }
+
+    fn show(&self, plan: &Plan, device: &Device) -> Result<(), AnyError> {
+        let batch = plan.evaluation(&[0], device).iter().next();
+        let batch = batch.expect("there is a window")?;
+        let numbers = |tokens: Tensor<2, Int>| -> Vec<u32> {
+            let tokens = tokens.into_data();
+            tokens.iter::<i64>().map(|token| token as u32).collect()
+        };
+        let hidden = self.hidden_states(batch.inputs.clone(), None, batch.data, None);
+        let scores = self.masked_scores(hidden);
+        let guesses = numbers(scores.argmax(2).squeeze_dim::<2>(2));
+        let (asked, mut read) = (batch.targets.into_data(), numbers(batch.inputs));
+        show_tokens("the model reads", plan, &read);
+        for ((target, guess), token) in asked.iter::<i64>().zip(guesses).zip(&mut read) {
+            if target != IGNORED_TARGET {
+                *token = guess;
+            }
+        }
+        show_tokens("the model says", plan, &read);
+        Ok(())
+    }
+}
+
+impl Shown for EncoderDecoder {
+    fn show(&self, plan: &Plan, device: &Device) -> Result<(), AnyError> {
+        let Objective::Spans(config) = &plan.config.objective else {
+            return Ok(());
+        };
+        let range = plan.held_out.inputs(0);
+        let window = plan.held_out.stream().tokens(range);
+        let spans = config.apply(&window, &RandomKey::new(plan.config.training.seed));
+        show_tokens("the model reads", plan, &spans.source);
+        let is_sentinel = |token: &u32| {
+            *token <= config.first_sentinel && config.first_sentinel - token < config.n_sentinels
+        };
+        let text = &spans.source[..spans.source.len() - 1];
+        let parts: Vec<Vec<u32>> = text.split(is_sentinel).map(<[u32]>::to_vec).collect();
+        let most_tokens = spans.target.len();
+        let found = fill_spans(self, config, &parts, most_tokens, 1, device)?;
+        let text = found.first().map(|best| best.text(&parts, &plan.tokenizer));
+        say(format_args!(
+            "\n--- the model says ---\n{}",
+            text.unwrap_or_default()
+        ));
+        Ok(())
+    }
+}
+
+fn show_tokens(what: &str, plan: &Plan, tokens: &[u32]) {
+    let objective = ObjectiveKind::of(&plan.config.objective);
+    let text = text_with_special_tokens(&plan.tokenizer, objective, tokens);
+    say(format_args!("\n--- {what} ---\n{text}"));
 }

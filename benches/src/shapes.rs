@@ -26,9 +26,9 @@ pub(crate) enum Shape {
 impl Shape {
     /// The model and how it is trained.
     pub(crate) fn resolve(self) -> (DecoderConfig, TrainingConfig) {
-        let (small, plan) = Preset::Small.resolve();
+        let (small, plan) = decoder(Preset::Small);
         match self {
-            Self::Tiny => Preset::Tiny.resolve(),
+            Self::Tiny => decoder(Preset::Tiny),
             Self::Small => (small, plan),
             Self::Long => (
                 learned(small.vocab_size, 4, 256, 4, 1024),
@@ -82,6 +82,14 @@ impl Shape {
         let attention = 14 * model.d_model * visible_pairs * model.n_layers * training.batch_size;
         (6 * training.tokens_per_step() * n_matrix_parameters(&model) + attention) as f64
     }
+}
+
+fn decoder(preset: Preset) -> (DecoderConfig, TrainingConfig) {
+    let (model, plan) = preset.resolve();
+    (
+        model.decoder().expect("the preset is one of a decoder"),
+        plan,
+    )
 }
 
 /// A GPT with a learned position for each token of a sequence.

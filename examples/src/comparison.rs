@@ -249,6 +249,7 @@ mod tests {
             parameters: Some(12_345_678),
             steps: Some(1000),
             seconds: Some(600.0),
+            ..Report::default()
         }
     }
 

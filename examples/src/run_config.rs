@@ -7,21 +7,30 @@ use std::{
 
 use emberlm::{
     core::{InvalidConfig, replace_file},
-    models::{DecoderConfig, PositionsConfig},
     text::{TextError, Tokenizer, TokenizerChoice},
-    training::{Fingerprint, TrainingConfig},
+    training::{Fingerprint, Objective, TrainingConfig},
 };
-use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use thiserror::Error;
 
-use crate::{Preset, preset::N_BYTE_VALUES};
+use crate::{
+    ModelConfig, ObjectiveKind, Preset, Vocabulary,
+    model_config::{ARCHITECTURE, FieldError, parse},
+    preset::N_BYTE_VALUES,
+};
 
 /// Everything a run needs to be repeated or continued; `config.json` in its folder.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct RunConfig {
     /// The model.
-    pub model: DecoderConfig,
+    pub model: ModelConfig,
+    /// What it is trained for; runs before there was a choice are causal.
+    #[serde(default)]
+    pub objective: Objective,
+    /// Whether attention stays within documents.
+    #[serde(default)]
+    pub within_documents: bool,
     /// How it is trained.
     pub training: TrainingConfig,
     /// The files and folders the text comes from.
@@ -57,6 +66,10 @@ impl TokenizerRecord {
 /// What the command line says about the configuration.
 #[derive(Debug, Clone, Default)]
 pub struct Overrides {
+    /// What the model is trained for; nothing means what the preset is for.
+    pub objective: Option<ObjectiveKind>,
+    /// Whether attention stays within documents.
+    pub documents: bool,
     /// A named model and plan.
     pub preset: Option<Preset>,
     /// A JSON file with fields of `model` and `training`.
@@ -113,7 +126,7 @@ pub enum ConfigError {
     /// The fields do not fit together.
     #[error("{section}.{source}")]
     Invalid {
-        /// `model` or `training`.
+        /// `model`, `objective` or `training`.
         section: &'static str,
         /// What does not fit.
         source: InvalidConfig,
@@ -127,6 +140,42 @@ pub enum ConfigError {
         vocab_size: usize,
         /// Number of tokens of the tokenizer.
         n_tokens: usize,
+    },
+    /// The model cannot be trained for the objective.
+    #[error(
+        "objective {objective} is none for the model {architecture}: leave --objective away, or take --preset {}",
+        preset_name(*objective)
+    )]
+    Objective {
+        /// What was asked for.
+        objective: ObjectiveKind,
+        /// What the model is.
+        architecture: &'static str,
+    },
+    /// The tokenizer lacks a special token.
+    #[error(
+        "the tokenizer has no {name}, which objective {objective} needs: take one that has it, bytes, or bpe:N"
+    )]
+    SpecialToken {
+        /// The token's name.
+        name: String,
+        /// What needs it.
+        objective: ObjectiveKind,
+    },
+    /// Spans have sources and targets of their own.
+    #[error(
+        "--documents keeps attention within documents, which objective spans cannot: leave it away"
+    )]
+    Documents,
+    /// A token of the objective is none of the model's.
+    #[error("objective.{field} is {token}, but the model has {vocab_size} tokens: leave it out")]
+    ObjectiveToken {
+        /// Which field.
+        field: &'static str,
+        /// Its value.
+        token: u32,
+        /// Number of tokens the model knows.
+        vocab_size: usize,
     },
     /// The tokenizer in the run's folder is another.
     #[error("{path} is not the tokenizer that the run began with: put that back")]
@@ -142,7 +191,7 @@ pub enum ConfigError {
         "training.seq_length is {seq_length}, but model.positions has {max_seq_length}: raise max_seq_length"
     )]
     Positions {
-        /// Tokens a sequence.
+        /// Tokens of the longest sequence that the model reads.
         seq_length: usize,
         /// Learned positions.
         max_seq_length: usize,
@@ -161,27 +210,66 @@ pub enum ConfigError {
     },
 }
 
+fn preset_name(objective: ObjectiveKind) -> String {
+    let value = clap::ValueEnum::to_possible_value(&objective.preset());
+    value.map_or(String::new(), |value| value.get_name().to_owned())
+}
+
+/// What of a run's configuration options and files change.
+#[derive(Debug, Clone)]
+pub struct Sections {
+    /// The model.
+    pub model: ModelConfig,
+    /// What it is trained for.
+    pub objective: Objective,
+    /// How it is trained.
+    pub training: TrainingConfig,
+}
+
 impl Overrides {
-    /// The model and the plan for a new run whose tokenizer has `n_tokens` tokens. The model knows so many, unless the
-    /// file says more.
+    /// What the model is trained for, as options and preset say.
+    ///
+    /// # Errors
+    ///
+    /// A preset that is for another objective.
+    pub fn objective(&self) -> Result<ObjectiveKind, ConfigError> {
+        let asked = self.objective.or_else(|| {
+            let preset = self.preset?;
+            Some(preset.resolve().0.objective())
+        });
+        let objective = asked.unwrap_or(ObjectiveKind::Causal);
+        let (model, _) = self.preset.unwrap_or(objective.preset()).resolve();
+        check_objective(&model, objective)?;
+        if self.documents && objective == ObjectiveKind::Spans {
+            return Err(ConfigError::Documents);
+        }
+        Ok(objective)
+    }
+
+    /// The model and the plan for a new run with this vocabulary. The model knows as many tokens, unless the file says
+    /// more.
     ///
     /// # Errors
     ///
     /// A file that cannot be read, or a field that is unknown, of the wrong type or invalid.
-    pub fn resolve(&self, n_tokens: usize) -> Result<(DecoderConfig, TrainingConfig), ConfigError> {
-        let (mut model, mut training) = self.preset.unwrap_or(Preset::Tiny).resolve();
-        model.vocab_size = n_tokens;
+    pub fn resolve(&self, vocabulary: &Vocabulary) -> Result<Sections, ConfigError> {
+        let objective = self.objective()?;
+        let (mut model, training) = self.preset.unwrap_or(objective.preset()).resolve();
+        model.set_vocab_size(vocabulary.n_tokens);
         if let Some(seq_length) = self.seq_length {
-            model.positions = PositionsConfig::Learned {
-                max_seq_length: seq_length,
-            };
+            model.set_max_seq_length(seq_length);
         }
+        let mut sections = Sections {
+            model,
+            objective: vocabulary.objective.clone(),
+            training,
+        };
         if let Some(path) = &self.file {
-            (model, training) = overlay(path, &model, &training)?;
+            sections = sections.overlaid(path)?;
         }
-        self.apply(&mut model, &mut training);
-        validate(&model, &training, n_tokens)?;
-        Ok((model, training))
+        self.apply(&mut sections);
+        sections.validate(vocabulary.n_tokens)?;
+        Ok(sections)
     }
 
     /// The configuration with which a run is continued: the run's own, but for the number of steps and the time
@@ -191,20 +279,17 @@ impl Overrides {
     ///
     /// Options that contradict the run.
     pub fn resume(&self, run: &RunConfig) -> Result<RunConfig, ConfigError> {
-        let (mut model, mut training) = match self.preset {
-            Some(preset) => {
-                let (mut model, mut training) = preset.resolve();
-                // A preset's number of steps is a proposal, not a demand, and it knows of no tokenizer.
-                training.steps = run.training.steps;
-                model.vocab_size = run.model.vocab_size;
-                (model, training)
-            }
-            None => (run.model.clone(), run.training.clone()),
-        };
-        if let Some(path) = &self.file {
-            (model, training) = overlay(path, &model, &training)?;
+        let mut sections = run.sections();
+        if let Some(preset) = self.preset {
+            (sections.model, sections.training) = preset.resolve();
+            // A preset's number of steps is a proposal, not a demand, and it knows of no tokenizer.
+            sections.training.steps = run.training.steps;
+            sections.model.set_vocab_size(run.model.vocab_size());
         }
-        self.apply(&mut model, &mut training);
+        if let Some(path) = &self.file {
+            sections = sections.overlaid(path)?;
+        }
+        self.apply(&mut sections);
         let mut resumed = run.clone();
         if let Some(steps) = self.steps {
             resumed.training.steps = steps;
@@ -212,32 +297,60 @@ impl Overrides {
         if let Some(every) = self.checkpoint_every {
             resumed.training.checkpoint_every = every;
         }
-        for (section, of_run, asked) in [
-            ("model", json(&resumed.model), json(&model)),
-            ("training", json(&resumed.training), json(&training)),
-        ] {
-            for (field, of_run) in &of_run {
-                if *of_run != asked[field] {
-                    return Err(ConfigError::Differs {
-                        field: format!("{section}.{field}"),
-                        of_run: of_run.to_string(),
-                        asked: asked[field].to_string(),
-                    });
-                }
-            }
+        let of_run = ObjectiveKind::of(&run.objective);
+        let asked = self.objective.unwrap_or(of_run);
+        require_same("objective", of_run.to_string(), asked.to_string())?;
+        if self.documents {
+            require_same(
+                "documents",
+                run.within_documents.to_string(),
+                "true".to_owned(),
+            )?;
         }
-        validate(&resumed.model, &resumed.training, resumed.n_tokens())?;
+        let (of_run, asked) = (resumed.sections().json(), sections.json());
+        let architecture = format!("model.{ARCHITECTURE}");
+        // First of all: the other fields of another architecture tell little.
+        let fields = [&architecture].into_iter().chain(of_run.keys());
+        for field in fields {
+            let asked = asked.get(field).unwrap_or(&Value::Null);
+            require_same(field, of_run[field].to_string(), asked.to_string())?;
+        }
+        resumed.sections().validate(resumed.n_tokens())?;
         Ok(resumed)
     }
 
-    fn apply(&self, model: &mut DecoderConfig, training: &mut TrainingConfig) {
+    fn apply(&self, sections: &mut Sections) {
+        let training = &mut sections.training;
         training.steps = self.steps.unwrap_or(training.steps);
         training.batch_size = self.batch_size.unwrap_or(training.batch_size);
         training.seq_length = self.seq_length.unwrap_or(training.seq_length);
         training.checkpoint_every = self.checkpoint_every.unwrap_or(training.checkpoint_every);
         training.seed = self.seed.unwrap_or(training.seed);
-        model.seed = self.seed.unwrap_or(model.seed);
+        if let Some(seed) = self.seed {
+            sections.model.set_seed(seed);
+        }
     }
+}
+
+fn require_same(field: &str, of_run: String, asked: String) -> Result<(), ConfigError> {
+    if of_run == asked {
+        return Ok(());
+    }
+    Err(ConfigError::Differs {
+        field: field.to_owned(),
+        of_run,
+        asked,
+    })
+}
+
+fn check_objective(model: &ModelConfig, objective: ObjectiveKind) -> Result<(), ConfigError> {
+    if model.objective() == objective {
+        return Ok(());
+    }
+    Err(ConfigError::Objective {
+        objective,
+        architecture: model.architecture(),
+    })
 }
 
 impl RunConfig {
@@ -247,8 +360,8 @@ impl RunConfig {
     ///
     /// A file that cannot be read, or is no valid configuration.
     pub fn read(path: &Path) -> Result<Self, ConfigError> {
-        let config: Self = parse(path, &read(path)?)?;
-        validate(&config.model, &config.training, config.n_tokens())?;
+        let config: Self = parse(&read(path)?).map_err(in_file(path))?;
+        config.sections().validate(config.n_tokens())?;
         Ok(config)
     }
 
@@ -299,8 +412,20 @@ impl RunConfig {
     }
 
     fn n_tokens(&self) -> usize {
+        let of_bytes = || {
+            let objective = ObjectiveKind::of(&self.objective);
+            N_BYTE_VALUES + objective.special_tokens().len()
+        };
         let record = self.tokenizer.as_ref();
-        record.map_or(N_BYTE_VALUES, |record| record.vocab_size)
+        record.map_or_else(of_bytes, |record| record.vocab_size)
+    }
+
+    fn sections(&self) -> Sections {
+        Sections {
+            model: self.model.clone(),
+            objective: self.objective.clone(),
+            training: self.training.clone(),
+        }
     }
 
     /// Writes it, whole or not at all.
@@ -334,12 +459,12 @@ fn read(path: &Path) -> Result<Value, ConfigError> {
     })
 }
 
-fn parse<T: DeserializeOwned>(path: &Path, value: &Value) -> Result<T, ConfigError> {
-    serde_path_to_error::deserialize(value).map_err(|error| ConfigError::Field {
+fn in_file(path: &Path) -> impl Fn(FieldError) -> ConfigError {
+    move |FieldError { field, message }| ConfigError::Field {
         path: path.to_owned(),
-        field: error.path().to_string(),
-        message: error.inner().to_string(),
-    })
+        field,
+        message,
+    }
 }
 
 fn json<T: Serialize>(config: &T) -> Map<String, Value> {
@@ -349,75 +474,160 @@ fn json<T: Serialize>(config: &T) -> Map<String, Value> {
     }
 }
 
-/// Puts the fields of a file over a configuration.
-fn overlay(
-    path: &Path,
-    model: &DecoderConfig,
-    training: &TrainingConfig,
-) -> Result<(DecoderConfig, TrainingConfig), ConfigError> {
-    #[derive(Deserialize)]
-    struct Sections {
-        model: DecoderConfig,
-        training: TrainingConfig,
-    }
-    let mut sections = Map::from_iter([
-        ("model".to_owned(), Value::Object(json(model))),
-        ("training".to_owned(), Value::Object(json(training))),
-    ]);
-    let wrong_type = |field: &str| ConfigError::Field {
-        path: path.to_owned(),
-        field: field.to_owned(),
-        message: "expected an object".to_owned(),
-    };
-    let known = |field: String, fields: &Map<String, Value>| ConfigError::UnknownField {
-        path: path.to_owned(),
-        field,
-        known: fields.keys().cloned().collect(),
-    };
-    let Value::Object(given) = read(path)? else {
-        return Err(wrong_type("the file"));
-    };
-    for (section, fields) in given {
-        if !sections.contains_key(&section) {
-            return Err(known(section, &sections));
-        }
-        let (Value::Object(fields), Some(Value::Object(base))) =
-            (fields, sections.get_mut(&section))
-        else {
-            return Err(wrong_type(&section));
-        };
-        for (field, value) in fields {
-            if !base.contains_key(&field) {
-                return Err(known(format!("{section}.{field}"), base));
-            }
-            base.insert(field, value);
-        }
-    }
-    let Sections { model, training } = parse(path, &Value::Object(sections))?;
-    Ok((model, training))
-}
+const MODEL: &str = "model";
+const OBJECTIVE: &str = "objective";
+const TRAINING: &str = "training";
 
-fn validate(
-    model: &DecoderConfig,
-    training: &TrainingConfig,
-    n_tokens: usize,
-) -> Result<(), ConfigError> {
-    let invalid = |section| move |source| ConfigError::Invalid { section, source };
-    model.validate().map_err(invalid("model"))?;
-    training.validate().map_err(invalid("training"))?;
-    if model.vocab_size < n_tokens {
-        return Err(ConfigError::Vocabulary {
-            vocab_size: model.vocab_size,
-            n_tokens,
+impl Sections {
+    /// The fields of each section; an objective without fields has none.
+    fn fields(&self) -> Map<String, Value> {
+        let objective = match &self.objective {
+            Objective::Causal => None,
+            Objective::Masked(config) => Some(json(config)),
+            Objective::Spans(config) => Some(json(config)),
+        };
+        let sections = [
+            (MODEL, Some(json(&self.model))),
+            (OBJECTIVE, objective),
+            (TRAINING, Some(json(&self.training))),
+        ];
+        let sections = sections.into_iter().filter_map(|(name, fields)| {
+            let fields = Value::Object(fields?);
+            Some((name.to_owned(), fields))
         });
+        sections.collect()
     }
-    match model.max_seq_length() {
-        Some(max_seq_length) if training.seq_length > max_seq_length => {
-            Err(ConfigError::Positions {
-                seq_length: training.seq_length,
-                max_seq_length,
-            })
+
+    /// All fields, as `section.field`.
+    fn json(&self) -> Map<String, Value> {
+        let mut all = Map::new();
+        for (section, fields) in self.fields() {
+            let Value::Object(fields) = fields else {
+                unreachable!("sections are objects")
+            };
+            for (field, value) in fields {
+                all.insert(format!("{section}.{field}"), value);
+            }
         }
-        _ => Ok(()),
+        all
+    }
+
+    /// Puts the fields of a file over these.
+    fn overlaid(&self, path: &Path) -> Result<Self, ConfigError> {
+        let wrong_type = |field: &str| ConfigError::Field {
+            path: path.to_owned(),
+            field: field.to_owned(),
+            message: "expected an object".to_owned(),
+        };
+        let known = |field: String, fields: &Map<String, Value>| ConfigError::UnknownField {
+            path: path.to_owned(),
+            field,
+            known: fields.keys().cloned().collect(),
+        };
+        let mut sections = self.fields();
+        let Value::Object(given) = read(path)? else {
+            return Err(wrong_type("the file"));
+        };
+        for (section, fields) in given {
+            if !sections.contains_key(&section) {
+                return Err(known(section, &sections));
+            }
+            let (Value::Object(fields), Some(Value::Object(base))) =
+                (fields, sections.get_mut(&section))
+            else {
+                return Err(wrong_type(&section));
+            };
+            for (field, value) in fields {
+                if !base.contains_key(&field) {
+                    return Err(known(format!("{section}.{field}"), base));
+                }
+                base.insert(field, value);
+            }
+        }
+        self.with_fields(sections).map_err(in_file(path))
+    }
+
+    /// The same sections with other fields. An objective stays of its kind.
+    fn with_fields(&self, mut sections: Map<String, Value>) -> Result<Self, FieldError> {
+        let mut take = |name| sections.remove(name).unwrap_or(Value::Null);
+        let inside = |section: &'static str| {
+            move |error: FieldError| FieldError {
+                field: format!("{section}.{}", error.field),
+                ..error
+            }
+        };
+        let objective = take(OBJECTIVE);
+        let objective = match &self.objective {
+            Objective::Causal => Ok(Objective::Causal),
+            Objective::Masked(_) => parse(&objective).map(Objective::Masked),
+            Objective::Spans(_) => parse(&objective).map(Objective::Spans),
+        };
+        let Value::Object(model) = take(MODEL) else {
+            unreachable!("the model is an object")
+        };
+        Ok(Self {
+            model: ModelConfig::from_fields(model).map_err(inside(MODEL))?,
+            objective: objective.map_err(inside(OBJECTIVE))?,
+            training: parse(&take(TRAINING)).map_err(inside(TRAINING))?,
+        })
+    }
+
+    fn validate(&self, n_tokens: usize) -> Result<(), ConfigError> {
+        let invalid = |section| move |source| ConfigError::Invalid { section, source };
+        let seq_length = self.training.seq_length;
+        self.model.validate().map_err(invalid(MODEL))?;
+        self.training.validate().map_err(invalid(TRAINING))?;
+        check_objective(&self.model, ObjectiveKind::of(&self.objective))?;
+        (self.objective.validate(seq_length)).map_err(invalid(OBJECTIVE))?;
+        let vocab_size = self.model.vocab_size();
+        if vocab_size < n_tokens {
+            return Err(ConfigError::Vocabulary {
+                vocab_size,
+                n_tokens,
+            });
+        }
+        self.check_tokens()?;
+        let longest = match &self.objective {
+            Objective::Causal | Objective::Masked(_) => seq_length,
+            Objective::Spans(spans) => {
+                let (source, target) = spans.lengths(seq_length);
+                source.max(target)
+            }
+        };
+        match self.model.max_seq_length() {
+            Some(max_seq_length) if longest > max_seq_length => Err(ConfigError::Positions {
+                seq_length: longest,
+                max_seq_length,
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Checks that the model knows the tokens of the objective.
+    fn check_tokens(&self) -> Result<(), ConfigError> {
+        let tokens = match &self.objective {
+            Objective::Causal => Vec::new(),
+            Objective::Masked(masked) => vec![
+                ("mask_token", masked.mask_token),
+                ("n_tokens", masked.tokens().end - 1),
+            ],
+            Objective::Spans(spans) => vec![
+                ("first_sentinel", spans.first_sentinel),
+                ("end_token", spans.end_token),
+                ("start_token", spans.start_token),
+            ],
+        };
+        let vocab_size = self.model.vocab_size();
+        let unknown = tokens
+            .into_iter()
+            .find(|(_, token)| *token as usize >= vocab_size);
+        match unknown {
+            Some((field, token)) => Err(ConfigError::ObjectiveToken {
+                field,
+                token,
+                vocab_size,
+            }),
+            None => Ok(()),
+        }
     }
 }

@@ -7,16 +7,20 @@ use burn::{
         dataloader::{DataLoader, DataLoaderIterator, Progress},
         dataset::DatasetError,
     },
-    tensor::{Device, Int, Tensor, TensorData},
+    tensor::Device,
 };
 use emberlm_core::RandomKey;
 
-use crate::{EvaluationWindows, TokenBatch, TrainingConfig, TrainingWindows};
+use crate::{
+    Batching, EvaluationWindows, Objective, TokenBatch, TrainingConfig, TrainingWindows,
+    objective::Window,
+};
 
 /// The micro-batches of a run's steps, in order: each a function of (seed, step, index) alone.
 #[derive(Clone)]
 pub struct TrainingLoader {
     windows: Arc<TrainingWindows>,
+    batching: Batching,
     device: Device,
     micro_batch_size: usize,
     accumulation: usize,
@@ -25,7 +29,7 @@ pub struct TrainingLoader {
 }
 
 impl TrainingLoader {
-    /// The micro-batches of steps `first_step ..= config.steps`, counted from 1.
+    /// The micro-batches of steps `first_step ..= config.steps`, counted from 1, for a causal model.
     pub fn new(
         windows: Arc<TrainingWindows>,
         config: &TrainingConfig,
@@ -35,6 +39,7 @@ impl TrainingLoader {
         let accumulation = config.accumulation;
         Self {
             windows,
+            batching: Batching::new(Objective::Causal, config.seed),
             device: device.clone(),
             micro_batch_size: config.batch_size / accumulation,
             accumulation,
@@ -44,27 +49,31 @@ impl TrainingLoader {
         }
     }
 
+    /// The same windows as batches of another kind.
+    pub fn with_batching(mut self, batching: Batching) -> Self {
+        self.batching = batching;
+        self
+    }
+
     fn batch(&self, micro_batch: usize) -> TokenBatch {
         let step = (micro_batch / self.accumulation) as u64 + 1;
         // The windows of a step are numbered through its micro-batches: however a step is split, it sees the same.
         let first = micro_batch % self.accumulation * self.micro_batch_size;
-        let seq_length = self.windows.seq_length();
-        let mut inputs = Vec::with_capacity(self.micro_batch_size * seq_length);
-        let mut targets = Vec::with_capacity(self.micro_batch_size * seq_length);
-        let mut window = vec![0; seq_length + 1];
-        for index in first..first + self.micro_batch_size {
-            self.windows.sample(step, index as u64, &mut window);
-            inputs.extend_from_slice(&window[..seq_length]);
-            targets.extend_from_slice(&window[1..]);
-        }
-        let rows = self.micro_batch_size;
+        let windows = first..first + self.micro_batch_size;
+        let windows: Vec<Window> = windows
+            .map(|index| self.window(step, index as u64))
+            .collect();
         TokenBatch {
             dropout_key: Some(self.key.fold(step).fold(first as u64)),
-            ..TokenBatch::new(
-                token_tensor(&inputs, rows, &self.device),
-                token_tensor(&targets, rows, &self.device),
-            )
+            ..self.batching.batch(&windows, &self.device)
         }
+    }
+
+    fn window(&self, step: u64, index: u64) -> Window {
+        let start = self.windows.offset(step, index);
+        let range = start..start + self.windows.seq_length() + 1;
+        let key = self.batching.training_key(step, index);
+        self.batching.window(self.windows.stream(), range, key)
     }
 }
 
@@ -72,6 +81,7 @@ impl TrainingLoader {
 #[derive(Clone)]
 pub struct EvaluationLoader {
     windows: Arc<EvaluationWindows>,
+    batching: Batching,
     device: Device,
     batch_size: usize,
     /// Numbers of windows of equal length, batch by batch.
@@ -79,7 +89,7 @@ pub struct EvaluationLoader {
 }
 
 impl EvaluationLoader {
-    /// The given windows of the held-out text.
+    /// The given windows of the held-out text, for a causal model.
     pub fn new(
         windows: Arc<EvaluationWindows>,
         chosen: &[usize],
@@ -97,32 +107,33 @@ impl EvaluationLoader {
             .collect();
         Self {
             windows,
+            // A causal model draws nothing.
+            batching: Batching::new(Objective::Causal, 0),
             device: device.clone(),
             batch_size,
             batches,
         }
     }
 
-    fn batch(&self, batch: usize) -> TokenBatch {
-        let rows = &self.batches[batch];
-        let (mut inputs, mut targets) = (Vec::new(), Vec::new());
-        for window in rows {
-            let (input, target) = self.windows.get(*window);
-            inputs.extend(input);
-            targets.extend(target);
-        }
-        TokenBatch::new(
-            token_tensor(&inputs, rows.len(), &self.device),
-            token_tensor(&targets, rows.len(), &self.device),
-        )
+    /// The same windows as batches of another kind, without those that are too short for it.
+    pub fn with_batching(mut self, batching: Batching) -> Self {
+        let least = batching.objective().least_length();
+        let windows = &self.windows;
+        (self.batches).retain(|batch| windows.inputs(batch[0]).len() >= least);
+        self.batching = batching;
+        self
     }
-}
 
-/// `[rows, tokens.len() / rows]`
-fn token_tensor(tokens: &[u32], rows: usize, device: &Device) -> Tensor<2, Int> {
-    let shape = [rows, tokens.len() / rows];
-    let tokens: Vec<i32> = tokens.iter().map(|token| *token as i32).collect();
-    Tensor::from_data(TensorData::new(tokens, shape), device)
+    fn batch(&self, batch: usize) -> TokenBatch {
+        let windows = self.batches[batch].iter().map(|window| {
+            let inputs = self.windows.inputs(*window);
+            let key = self.batching.evaluation_key(*window);
+            let range = inputs.start..inputs.end + 1;
+            self.batching.window(self.windows.stream(), range, key)
+        });
+        let windows: Vec<Window> = windows.collect();
+        self.batching.batch(&windows, &self.device)
+    }
 }
 
 /// Walks through the numbered batches of a loader.
@@ -203,11 +214,8 @@ impl DataLoader<TokenBatch> for EvaluationLoader {
     fn slice(&self, start: usize, end: usize) -> Arc<dyn DataLoader<TokenBatch>> {
         let chosen: Vec<usize> = self.batches.concat();
         let chosen = &chosen[start.min(chosen.len())..end.min(chosen.len())];
-        Arc::new(Self::new(
-            self.windows.clone(),
-            chosen,
-            self.batch_size,
-            &self.device,
-        ))
+        let windows = self.windows.clone();
+        let sliced = Self::new(windows, chosen, self.batch_size, &self.device);
+        Arc::new(sliced.with_batching(self.batching.clone()))
     }
 }

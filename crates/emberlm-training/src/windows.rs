@@ -173,7 +173,10 @@ impl EvaluationWindows {
     }
 
     /// Where in the stream the inputs of a window are.
-    fn inputs(&self, window: usize) -> Range<usize> {
+    ///
+    /// # Panics
+    /// If there is no such window.
+    pub fn inputs(&self, window: usize) -> Range<usize> {
         let windows = self.len();
         assert!(window < windows, "there is no window {window} of {windows}");
         let start = window * self.seq_length;

@@ -128,6 +128,26 @@ impl Tokenizer {
         }
     }
 
+    /// The tokens of a text in parts of at least `least` bytes, but for the last one: one after the other they are
+    /// [`encode`](Self::encode) of the whole, of which so no more than a part is held. Where it is not known how to cut
+    /// (see [`TokenFile`](crate::TokenFile)), there is one part. What is no UTF-8 becomes U+FFFD.
+    ///
+    /// ```
+    /// use emberlm_text::Tokenizer;
+    ///
+    /// let tokenizer = Tokenizer::bytes();
+    /// let parts: Vec<Vec<u32>> = tokenizer.encode_parts(b"coal and ash", 6).collect();
+    /// assert_eq!(parts, [tokenizer.encode("coal and"), tokenizer.encode(" ash")]);
+    /// ```
+    pub fn encode_parts<'a>(
+        &'a self,
+        text: &'a [u8],
+        least: usize,
+    ) -> impl Iterator<Item = Vec<u32>> + 'a {
+        let parts = self.cuts().parts(text, least);
+        parts.map(|part| self.encode(&String::from_utf8_lossy(part)))
+    }
+
     /// The text of tokens, special ones by their names. What is no UTF-8, as where a character is cut, becomes U+FFFD,
     /// and so does a token that is not in the vocabulary.
     pub fn decode(&self, tokens: &[u32]) -> String {
@@ -209,11 +229,8 @@ mod tests {
             text in "([a-cI',.!?/\\-0-9 \t\r\n\u{b}\u{1c}\u{85}\u{a0}\u{3000}éŐ\u{301}日。🔥]|'s|'LL| it| <s>|<mask>|  |\n\n){0,40}",
         ) {
             for tokenizer in &*FIXTURES {
-                let parts = tokenizer.cuts().parts(text.as_bytes(), 1);
-                let parts = parts.flat_map(|part| {
-                    tokenizer.encode(std::str::from_utf8(part).expect("cut between characters"))
-                });
-                prop_assert_eq!(parts.collect::<Vec<_>>(), tokenizer.encode(&text));
+                let parts: Vec<u32> = tokenizer.encode_parts(text.as_bytes(), 1).flatten().collect();
+                prop_assert_eq!(parts, tokenizer.encode(&text));
             }
         }
     }

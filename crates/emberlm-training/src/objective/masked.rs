@@ -13,8 +13,12 @@ use emberlm_core::{IGNORED_TARGET, InvalidConfig, RandomKey};
 pub struct MaskedConfig {
     /// The token that stands for a hidden one.
     pub mask_token: u32,
-    /// Random tokens are drawn from `0 .. n_tokens`; tokens from there on are special and never predicted.
+    /// Number of tokens that text is made of: `first_token .. first_token + n_tokens`. Random tokens are drawn from these;
+    /// others are special and never predicted.
     pub n_tokens: u32,
+    /// The first of them. Default: 0.
+    #[config(default = 0)]
+    pub first_token: u32,
     /// Share of the tokens that are predicted. Default: 0.15.
     #[config(default = 0.15)]
     pub rate: f64,
@@ -55,14 +59,29 @@ impl MaskedConfig {
         };
         let (mask, random) = (self.mask_rate, self.random_rate);
         InvalidConfig::require_positive(&[("n_tokens", self.n_tokens as usize)])?;
-        share("rate", self.rate, "above 0, at most 1", self.rate > 0.0 && self.rate <= 1.0)?;
+        share(
+            "rate",
+            self.rate,
+            "above 0, at most 1",
+            self.rate > 0.0 && self.rate <= 1.0,
+        )?;
         share("mask_rate", mask, "in [0, 1]", (0.0..=1.0).contains(&mask))?;
         let rest = 1.0 - mask;
-        share("random_rate", random, "at least 0, at most what mask_rate leaves", random >= 0.0 && random <= rest + 1e-12)
+        share(
+            "random_rate",
+            random,
+            "at least 0, at most what mask_rate leaves",
+            random >= 0.0 && random <= rest + 1e-12,
+        )
+    }
+
+    /// The tokens that text is made of.
+    pub fn tokens(&self) -> Range<u32> {
+        self.first_token..self.first_token.saturating_add(self.n_tokens)
     }
 
     /// Hides tokens of a window: exactly `round(rate * n)` of the `n` that are not special, at least one if there are any;
-    /// fewer where a whole word does not fit any more. `starts_word` says which tokens begin a word.
+    /// fewer where a whole word does not fit any more, and the shortest word where none does. `starts_word` says which tokens begin a word.
     ///
     /// ```
     /// use emberlm_core::{IGNORED_TARGET, RandomKey};
@@ -84,33 +103,43 @@ impl MaskedConfig {
             inputs: tokens.to_vec(),
             targets: vec![IGNORED_TARGET; tokens.len()],
         };
-        let candidates = self.candidates(tokens, starts_word);
-        let n_candidates: usize = candidates.iter().map(Range::len).sum();
-        let mut left = ((n_candidates as f64 * self.rate).round() as usize).max(1);
         let (order, replace) = (key.fold_str("order"), key.fold_str("replace"));
-        for i in shuffled(candidates.len(), &order) {
-            let candidate = candidates[i].clone();
-            if candidate.len() > left {
-                continue;
-            }
-            left -= candidate.len();
-            for position in candidate {
-                masked.targets[position] = i64::from(tokens[position]);
-                masked.inputs[position] = self.replacement(tokens[position], position, &replace);
-            }
+        for position in self.chosen(tokens, &order, starts_word) {
+            masked.targets[position] = i64::from(tokens[position]);
+            masked.inputs[position] = self.replacement(tokens[position], position, &replace);
         }
         masked
     }
 
-    /// What is hidden together: words, or single tokens.
-    fn candidates(
+    /// The positions that are predicted.
+    fn chosen(
         &self,
         tokens: &[u32],
+        order: &RandomKey,
         starts_word: impl Fn(u32) -> bool,
-    ) -> Vec<Range<usize>> {
+    ) -> Vec<usize> {
+        let candidates = self.candidates(tokens, starts_word);
+        let n_candidates: usize = candidates.iter().map(Range::len).sum();
+        let most = ((n_candidates as f64 * self.rate).round() as usize).max(1);
+        let mut chosen = Vec::with_capacity(most);
+        for i in shuffled(candidates.len(), order) {
+            if chosen.len() + candidates[i].len() <= most {
+                chosen.extend(candidates[i].clone());
+            }
+        }
+        if chosen.is_empty() {
+            // All words are too long: a window that asks for nothing would teach nothing.
+            let shortest = candidates.into_iter().min_by_key(Range::len);
+            chosen.extend(shortest.into_iter().flatten());
+        }
+        chosen
+    }
+
+    /// What is hidden together: words, or single tokens.
+    fn candidates(&self, tokens: &[u32], starts_word: impl Fn(u32) -> bool) -> Vec<Range<usize>> {
         let mut candidates: Vec<Range<usize>> = Vec::new();
         for (i, token) in tokens.iter().enumerate() {
-            if *token >= self.n_tokens {
+            if !self.tokens().contains(token) {
                 continue;
             }
             match candidates.last_mut() {
@@ -129,7 +158,10 @@ impl MaskedConfig {
         if share < self.mask_rate {
             self.mask_token
         } else if share < self.mask_rate + self.random_rate {
-            key.fold_str("token").below(position, u64::from(self.n_tokens)) as u32
+            let draw = key
+                .fold_str("token")
+                .below(position, u64::from(self.n_tokens));
+            self.first_token + draw as u32
         } else {
             token
         }
@@ -176,7 +208,11 @@ mod tests {
         // Four standard deviations of 15,000 draws; one random token in 900 is the token itself.
         assert!((share(mask) - 0.8).abs() < 0.013);
         assert!((share(kept) - (0.1 + 0.1 / 900.0)).abs() < 0.01);
-        assert!(asked.iter().all(|i| masked.targets[*i] == i64::from(tokens[*i])));
+        assert!(
+            asked
+                .iter()
+                .all(|i| masked.targets[*i] == i64::from(tokens[*i]))
+        );
         let others = (0..tokens.len()).filter(|i| masked.targets[*i] == IGNORED_TARGET);
         assert!(others.into_iter().all(|i| masked.inputs[i] == tokens[i]));
     }
@@ -201,6 +237,25 @@ mod tests {
     }
 
     #[test]
+    fn special_tokens_may_come_first() {
+        let config = MaskedConfig::new(1, 90).with_first_token(10);
+        let all = config
+            .with_rate(1.0)
+            .with_mask_rate(0.0)
+            .with_random_rate(1.0);
+        let tokens: Vec<u32> = (0..120).collect();
+        let masked = all.apply(&tokens, &RandomKey::new(1), |_| true);
+        assert_eq!(asked(&masked), (10..100).collect::<Vec<_>>());
+        assert!(
+            masked.inputs[10..100]
+                .iter()
+                .all(|token| all.tokens().contains(token))
+        );
+        assert_eq!(masked.inputs[..10], tokens[..10]);
+        assert_ne!(masked.inputs[10..100], tokens[10..100]);
+    }
+
+    #[test]
     fn words_are_hidden_whole() {
         // Words of three tokens, of which the first has a number that three divides.
         let tokens: Vec<u32> = (0..300).collect();
@@ -214,6 +269,14 @@ mod tests {
     }
 
     #[test]
+    fn a_window_of_one_long_word_is_hidden_as_well() {
+        let tokens: Vec<u32> = (0..6).collect();
+        let whole = config().with_whole_words(true);
+        let masked = whole.apply(&tokens, &RandomKey::new(3), |token| token == 2);
+        assert_eq!(asked(&masked), [0, 1]);
+    }
+
+    #[test]
     fn every_position_is_as_likely_as_any() {
         let tokens: Vec<u32> = (0..20).collect();
         let mut counts = [0; 20];
@@ -222,7 +285,10 @@ mod tests {
             asked(&masked).into_iter().for_each(|i| counts[i] += 1);
         }
         // Three of twenty each time: 3,000 expected, with a standard deviation of 50.
-        assert!(counts.iter().all(|n| (2750..3250).contains(n)), "{counts:?}");
+        assert!(
+            counts.iter().all(|n| (2750..3250).contains(n)),
+            "{counts:?}"
+        );
     }
 
     #[test]

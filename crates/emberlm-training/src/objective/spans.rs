@@ -64,7 +64,9 @@ impl SpansConfig {
             return refuse("seq_length", "at least 2 for spans", length as f64);
         }
         let (_, n_spans) = self.counts(length);
-        if n_spans > self.n_sentinels as usize || self.first_sentinel + 1 < self.n_sentinels {
+        if n_spans > self.n_sentinels as usize
+            || self.first_sentinel.saturating_add(1) < self.n_sentinels
+        {
             return refuse(
                 "n_sentinels",
                 "as many as a window has spans, counting down from first_sentinel",
@@ -113,6 +115,12 @@ impl SpansConfig {
         spans.source.push(self.end_token);
         spans.target.push(self.end_token);
         spans
+    }
+
+    /// The lengths of source and target of a window of `length` tokens.
+    pub fn lengths(&self, length: usize) -> (usize, usize) {
+        let (n_noise, n_spans) = self.counts(length);
+        (length - n_noise + n_spans + 1, n_noise + n_spans + 1)
     }
 
     /// How many of `length` tokens are noise, and in how many spans.
@@ -177,9 +185,8 @@ mod tests {
             let tokens: Vec<u32> = (2..2 + length as u32).collect();
             let spans = config.apply(&tokens, &RandomKey::new(seed));
             prop_assert_eq!(filled(&spans), tokens);
-            let (n_noise, n_spans) = config.counts(length);
-            prop_assert_eq!(spans.source.len(), length - n_noise + n_spans + 1);
-            prop_assert_eq!(spans.target.len(), n_noise + n_spans + 1);
+            let (_, n_spans) = config.counts(length);
+            prop_assert_eq!((spans.source.len(), spans.target.len()), config.lengths(length));
             let sentinels = spans.source.iter().filter(|token| SENTINELS.contains(token));
             let expected: Vec<u32> = (0..n_spans as u32).map(|i| 999 - i).collect();
             prop_assert_eq!(sentinels.copied().collect::<Vec<_>>(), expected);
@@ -190,6 +197,7 @@ mod tests {
     fn t5_defaults_at_512_tokens() {
         // random_spans_noise_mask(512): round(512 * 0.15) = 77 tokens of noise in round(77 / 3) = 26 spans.
         assert_eq!(config().counts(512), (77, 26));
+        assert_eq!(config().lengths(512), (435 + 26 + 1, 77 + 26 + 1));
     }
 
     #[test]
@@ -212,7 +220,10 @@ mod tests {
         }
         // Two of four places: six ways, 1,000 each, with a standard deviation of 29.
         assert_eq!(counts.len(), 6);
-        assert!(counts.values().all(|n| (850..1150).contains(n)), "{counts:?}");
+        assert!(
+            counts.values().all(|n| (850..1150).contains(n)),
+            "{counts:?}"
+        );
     }
 
     #[test]

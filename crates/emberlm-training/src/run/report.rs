@@ -37,6 +37,12 @@ pub struct Report {
     pub steps: Option<u64>,
     /// The training time, over all resumes, in seconds.
     pub seconds: Option<f64>,
+    /// Of a masked model: the share of the hidden tokens of the held-out text that it finds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub masked_accuracy: Option<f64>,
+    /// The share that a table of counts by neighbours finds of the same tokens.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub neighbour_accuracy: Option<f64>,
 }
 
 impl Report {
@@ -86,6 +92,8 @@ mod tests {
             parameters: Some(789),
             steps: Some(20),
             seconds: Some(4.5),
+            masked_accuracy: Some(0.75),
+            neighbour_accuracy: Some(0.5),
         };
         Report::default().write(&path).unwrap();
         report.write(&path).unwrap();
