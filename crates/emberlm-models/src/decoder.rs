@@ -7,9 +7,9 @@ use burn::{
     tensor::{Device, Int, Tensor},
 };
 use emberlm_core::{
-    Activation, BatchData, CachedModel, CausalModel, Context, CrossEntropy, CrossEntropyConfig,
-    Gpt2Init, InvalidConfig, Lengths, LossModel, NormConfig, NormPlacement, Pattern, PatternError,
-    RandomKey, TokenBatch, assert_valid,
+    Activation, BatchData, CachedModel, CausalModel, CrossEntropy, CrossEntropyConfig, Gpt2Init,
+    InvalidConfig, Lengths, LossModel, NormConfig, NormPlacement, Pattern, PatternError, RandomKey,
+    TokenBatch, assert_valid,
     operators::{Projection, projected_cross_entropy},
 };
 
@@ -212,10 +212,6 @@ pub struct Decoder {
     pub head: Option<Linear>,
 }
 
-// Parts of the model's random key.
-const EMBEDDING: u64 = 0;
-const STACK: u64 = 1;
-
 impl Decoder {
     /// The hidden states after the last norm, which the output projection turns into scores.
     ///
@@ -235,12 +231,8 @@ impl Decoder {
         data: BatchData,
         dropout_key: Option<RandomKey>,
     ) -> Tensor<3> {
-        let [batch_size, seq_length] = tokens.dims();
-        let context = Context::new(Lengths::square(seq_length))
-            .with_data(batch_size, data)
-            .with_dropout_key(dropout_key);
-        let x = (self.embedding).forward(tokens, None, &context.fold(EMBEDDING));
-        self.stack.forward(x, &context.fold(STACK), None)
+        let (x, context) = self.embedding.whole(tokens, None, data, dropout_key);
+        self.stack.forward(x, &context, None)
     }
 
     /// Scores of the next token from hidden states.

@@ -7,8 +7,8 @@ use burn::{
     tensor::{Device, Int, Tensor},
 };
 use emberlm_core::{
-    Context, InvalidConfig, LearnedPositions, LearnedPositionsConfig, Norm, NormConfig,
-    RelativeBiasConfig, RotaryConfig, RotaryLayout, RotaryScaling, dropout,
+    BatchData, Context, InvalidConfig, LearnedPositions, LearnedPositionsConfig, Lengths, Norm,
+    NormConfig, RandomKey, RelativeBiasConfig, RotaryConfig, RotaryLayout, RotaryScaling, dropout,
     operators::{Projection, embed},
     sinusoidal_positions,
 };
@@ -219,6 +219,10 @@ pub struct TokenEmbedding {
     dropout: f64,
 }
 
+// Parts of a sequence's random key.
+const EMBEDDING: u64 = 0;
+const STACK: u64 = 1;
+
 impl TokenEmbedding {
     /// The vectors of tokens that stand from the context's first position on. Without `types` all are of the first type.
     ///
@@ -249,6 +253,26 @@ impl TokenEmbedding {
             None => x,
         };
         dropout(x, self.dropout, context.dropout_key)
+    }
+
+    /// The vectors of whole sequences, and the context in which a stack reads them.
+    ///
+    /// # Panics
+    ///
+    /// As [`forward`](Self::forward).
+    pub(crate) fn whole(
+        &self,
+        tokens: Tensor<2, Int>,
+        types: Option<Tensor<2, Int>>,
+        data: BatchData,
+        dropout_key: Option<RandomKey>,
+    ) -> (Tensor<3>, Context) {
+        let [batch_size, seq_length] = tokens.dims();
+        let context = Context::new(Lengths::square(seq_length))
+            .with_data(batch_size, data)
+            .with_dropout_key(dropout_key);
+        let x = self.forward(tokens, types, &context.fold(EMBEDDING));
+        (x, context.fold(STACK))
     }
 
     /// Tokens and positions. Rows that are padded on the left have positions of their own.

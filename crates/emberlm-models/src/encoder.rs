@@ -7,9 +7,9 @@ use burn::{
     tensor::{Device, Int, Tensor, TensorData, s},
 };
 use emberlm_core::{
-    Activation, BatchData, Context, CrossEntropy, CrossEntropyConfig, Gpt2Init, IGNORED_TARGET,
-    InvalidConfig, Lengths, LossModel, Norm, NormConfig, NormPlacement, Pattern, RandomKey,
-    TokenBatch, assert_valid,
+    Activation, BatchData, CrossEntropy, CrossEntropyConfig, Gpt2Init, IGNORED_TARGET,
+    InvalidConfig, LossModel, Norm, NormConfig, NormPlacement, Pattern, RandomKey, TokenBatch,
+    assert_valid,
     operators::{activate, cross_entropy, linear, project},
 };
 
@@ -165,10 +165,6 @@ pub struct MaskedHead {
     activation: Activation,
 }
 
-// Parts of the model's random key.
-const EMBEDDING: u64 = 0;
-const STACK: u64 = 1;
-
 impl Encoder {
     /// The hidden states of the last block.
     ///
@@ -189,12 +185,8 @@ impl Encoder {
         data: BatchData,
         dropout_key: Option<RandomKey>,
     ) -> Tensor<3> {
-        let [batch_size, seq_length] = tokens.dims();
-        let context = Context::new(Lengths::square(seq_length))
-            .with_data(batch_size, data)
-            .with_dropout_key(dropout_key);
-        let x = (self.embedding).forward(tokens, types, &context.fold(EMBEDDING));
-        self.stack.forward(x, &context.fold(STACK), None)
+        let (x, context) = self.embedding.whole(tokens, types, data, dropout_key);
+        self.stack.forward(x, &context, None)
     }
 
     /// `tanh(pooler(h_0))` of the first position: `[batch_size, seq_length, d_model]` to `[batch_size, d_model]`.

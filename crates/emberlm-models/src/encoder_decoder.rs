@@ -8,8 +8,8 @@ use burn::{
 };
 use emberlm_core::{
     Activation, BatchData, CachedModel, Context, CrossEntropy, CrossEntropyConfig, InvalidConfig,
-    Lengths, LossModel, NormConfig, NormPlacement, Pattern, RandomKey, Source, TokenBatch,
-    XavierInit, assert_valid, operators::Projection,
+    LossModel, NormConfig, NormPlacement, Pattern, RandomKey, Source, TokenBatch, XavierInit,
+    assert_valid, operators::Projection,
 };
 
 use crate::{
@@ -166,10 +166,8 @@ pub struct EncoderDecoder {
 }
 
 // Parts of the model's random key.
-const SOURCE_EMBEDDING: u64 = 0;
-const ENCODER: u64 = 1;
-const EMBEDDING: u64 = 2;
-const DECODER: u64 = 3;
+const SOURCE: u64 = 0;
+const TARGET: u64 = 1;
 
 impl EncoderDecoder {
     /// What the encoder makes of a source.
@@ -182,13 +180,10 @@ impl EncoderDecoder {
     ///
     /// If the source is longer than the learned positions.
     pub fn encode(&self, source: Source, dropout_key: Option<RandomKey>) -> Tensor<3> {
-        let [batch_size, source_length] = source.tokens.dims();
-        let context = Context::new(Lengths::square(source_length))
-            .with_data(batch_size, source.data)
-            .with_dropout_key(dropout_key);
         let embedding = self.source_embedding.as_ref().unwrap_or(&self.embedding);
-        let x = embedding.forward(source.tokens, None, &context.fold(SOURCE_EMBEDDING));
-        self.encoder.forward(x, &context.fold(ENCODER), None)
+        let key = dropout_key.map(|key| key.fold(SOURCE));
+        let (x, context) = embedding.whole(source.tokens, None, source.data, key);
+        self.encoder.forward(x, &context, None)
     }
 
     /// Scores of the next token after each position of the target.
@@ -262,12 +257,9 @@ impl EncoderDecoder {
         let source_data = source.data.clone();
         let encoded = self.encode(source, dropout_key);
         let source = self.decoder.project_source(encoded, source_data);
-        let [batch_size, seq_length] = tokens.dims();
-        let context = Context::new(Lengths::square(seq_length))
-            .with_data(batch_size, data)
-            .with_dropout_key(dropout_key);
-        let x = (self.embedding).forward(tokens, None, &context.fold(EMBEDDING));
-        run(&self.decoder, x, &context.fold(DECODER), &source)
+        let key = dropout_key.map(|key| key.fold(TARGET));
+        let (x, context) = self.embedding.whole(tokens, None, data, key);
+        run(&self.decoder, x, &context, &source)
     }
 
     fn projection(&self) -> Projection {
