@@ -9,15 +9,15 @@ use std::{
     time::Instant,
 };
 
-use burn::{module::Module, tensor::Device};
+use burn::tensor::Device;
 use clap::Parser;
 use emberlm::{
     core::{CachedModel, GenerationError, Generator, SamplingConfig, StopStrings, Utf8Stream},
     models::{Decoder, load_decoder},
     text::Tokenizer,
-    training::{CheckpointReader, LanguageModel, RunFolder, Session},
+    training::RunFolder,
 };
-use emberlm_examples::{RunConfig, choose_device, exit_with};
+use emberlm_examples::{RunConfig, choose_device, exit_with, from_checkpoint};
 
 /// Write text with a trained model
 #[derive(Parser)]
@@ -139,23 +139,6 @@ fn load(run: &Path, device: &Device) -> Result<(Decoder, Tokenizer), AnyError> {
     if run.join(RunFolder::WEIGHTS).is_file() {
         return Ok((load_decoder(run, device)?.1, tokenizer));
     }
-    let reader = CheckpointReader::open(&run.join(RunFolder::CHECKPOINTS))?;
-    let Some(loaded) = reader.load_newest()? else {
-        return Err(format!(
-            "{} has no weights yet: let it train to its first checkpoint",
-            run.display()
-        )
-        .into());
-    };
-    for damaged in &loaded.damaged {
-        eprintln!("warning: {damaged}");
-    }
-    eprintln!(
-        "the run was not finished: taking its checkpoint of step {}",
-        loaded.checkpoint.step
-    );
-    let model = LanguageModel::new(config.model.init(device), 0.0, 0.0);
-    let session = Session::new(model, &config.training);
-    let session = session.restore(&loaded.checkpoint, reader.dir())?;
-    Ok((session.model.model.valid(), tokenizer))
+    let model = from_checkpoint(run, &config.training, config.model.init(device))?;
+    Ok((model, tokenizer))
 }

@@ -3,32 +3,27 @@
 //! cargo run --release --example pretrain -- --help
 
 use std::{
-    any::Any,
-    fs,
-    io::{IsTerminal, Write, stdout},
-    panic,
+    io::{Write, stdout},
     path::{Path, PathBuf},
     process::ExitCode,
     sync::Arc,
-    time::{Duration, Instant},
 };
 
 use burn::{module::Module, tensor::Device};
 use clap::Parser;
 use emberlm::{
     core::{Generator, SamplingConfig, Utf8Stream},
-    models::{Decoder, save_weights},
-    text::{CacheState, Corpus, Progress, TokenFile, TokenStream, Tokenizer, TokenizerChoice},
+    models::Decoder,
+    text::{CacheState, Corpus, TokenFile, TokenStream, Tokenizer, TokenizerChoice},
     training::{
-        CheckpointStore, Ending, EvaluationLoader, EvaluationWindows, LanguageModel, LineRenderer,
-        MAX_SKIPPED_IN_A_ROW, MetricsLog, Report, RunFolder, RunHistory, Session, Trained, Trainer,
-        TrainingError, TrainingLoader, TrainingWindows, Watch, evaluate, peak_memory_bytes,
-        short_duration,
+        EvaluationLoader, EvaluationWindows, LanguageModel, Report, RunFolder, Trainer,
+        TrainingError, TrainingLoader, TrainingWindows,
     },
 };
 use emberlm_examples::{
-    Overrides, Preset, RunConfig, Stop, TokenizerRecord, choose_device, complain, exit_with,
-    keep_ctrl_c, plot, say,
+    Course, Lines, Overrides, Preset, RunConfig, Stop, TokenizerRecord, Watched, announce_resume,
+    check_writable, choose_device, complain, evaluate_unless_stopped, exit_with, final_figures,
+    open_folder, prepare, say, say_figures, train,
 };
 
 /// Pretrain a language model on text
@@ -117,14 +112,10 @@ fn pretrain(args: &Args) -> Result<ExitCode, AnyError> {
     say(format_args!("device: {device_name}"));
     let plan = plan(args)?;
     if let Some(path) = &args.report {
-        check_writable(path)?;
+        check_writable("--report", path)?;
     }
     let stop = Stop::on_signals()?;
-    let folder = match (&args.resume, &args.out) {
-        (Some(path), _) => RunFolder::open(path)?,
-        (None, Some(path)) => RunFolder::create(path)?,
-        (None, None) => RunFolder::create_numbered(Path::new("runs"))?,
-    };
+    let folder = open_folder(args.resume.as_deref(), args.out.as_deref())?;
     if args.resume.is_none() {
         if plan.config.tokenizer.is_some() {
             plan.tokenizer.save(folder.file(Tokenizer::FILE_NAME))?;
@@ -132,51 +123,26 @@ fn pretrain(args: &Args) -> Result<ExitCode, AnyError> {
         // At once: a run that is killed while its model is made can be resumed too.
         plan.config.write(&folder.file(RunFolder::CONFIG))?;
     }
-    let trainer = prepare(&plan, &folder, &device)?;
+    let model = plan.config.model.init(&device.clone().autodiff());
+    let trainer = prepare(model, &plan.config.training, &folder)?;
     announce(&plan, &folder, &trainer);
     plan.config.write(&folder.file(RunFolder::CONFIG))?;
-    let weights = folder.file(RunFolder::WEIGHTS);
-    if trainer.session.counters.step < plan.config.training.steps {
-        // From here on the checkpoints are newer than the weights and the figures of an earlier end.
-        for stale in [&weights, &folder.file(Report::FILE_NAME)] {
-            if stale.exists() {
-                fs::remove_file(stale)?;
-            }
-        }
-    }
-
-    let (trainer, ending) = match train(trainer, &plan, &folder, &device, &stop, args.no_tui) {
-        Ok(trained) => trained,
-        Err(Killed) => {
-            complain(format_args!(
-                "killed: continue from the last checkpoint with --resume {}",
-                folder.path().display()
-            ));
-            return Ok(ExitCode::from(137));
-        }
+    let watched = Watched {
+        folder: &folder,
+        stop: &stop,
+        no_tui: args.no_tui,
+        bytes_per_token: plan.held_out.stream().bytes_per_token(),
     };
-    let ending = ending?;
-    let step = trainer.session.counters.step;
-    save_weights(&trainer.session.model.model, &weights)?;
-    let how_to_resume = format!("continue with --resume {}", folder.path().display());
-    match ending {
-        Ending::Finished => {}
-        Ending::Interrupted => {
-            say(format_args!(
-                "stopped after step {step} and saved: {how_to_resume}"
-            ));
-            return Ok(ExitCode::SUCCESS);
-        }
-        Ending::Diverged => {
-            complain(format_args!(
-                "error: {MAX_SKIPPED_IN_A_ROW} steps in a row had a loss or gradient that is not finite; saved after step {step}: lower the learning rate in a new run, or {how_to_resume}"
-            ));
-            return Ok(ExitCode::from(1));
-        }
-    }
+    let loader = training_loader(&plan, &trainer, &device);
+    let trainer = match train(trainer, loader, validation_loader(&plan, &device), &watched)? {
+        Course::Finished(trainer) => trainer,
+        Course::Left(code) => return Ok(code),
+    };
     let Some(valid_loss) = evaluate_all(&trainer, &plan, &device, &stop)? else {
         say(format_args!(
-            "stopped before the whole held-out text was read; all {step} steps are saved: {how_to_resume}"
+            "stopped before the whole held-out text was read; all {} steps are saved: continue with --resume {}",
+            trainer.session.counters.step,
+            folder.path().display()
         ));
         return Ok(ExitCode::SUCCESS);
     };
@@ -184,6 +150,22 @@ fn pretrain(args: &Args) -> Result<ExitCode, AnyError> {
     sample(&trainer.session.model, &plan, &device)?;
     say(format_args!("\nrun: {}", folder.path().display()));
     Ok(ExitCode::SUCCESS)
+}
+
+fn training_loader(plan: &Plan, trainer: &Trainer<Decoder>, device: &Device) -> TrainingLoader {
+    let first_step = trainer.session.counters.step + 1;
+    TrainingLoader::new(
+        plan.training.clone(),
+        &plan.config.training,
+        first_step,
+        device,
+    )
+}
+
+fn validation_loader(plan: &Plan, device: &Device) -> EvaluationLoader {
+    let config = &plan.config.training;
+    let chosen = plan.held_out.fixed(config.validation_windows);
+    EvaluationLoader::new(plan.held_out.clone(), &chosen, config.batch_size, device)
 }
 
 /// Resolves and validates configuration and text.
@@ -319,44 +301,6 @@ fn streams(
     Ok(streams)
 }
 
-/// Says every ten seconds how far a piece of work is.
-struct Lines {
-    what: &'static str,
-    unit: &'static str,
-    begin: Instant,
-    last: Instant,
-}
-
-impl Lines {
-    fn new(what: &'static str, unit: &'static str) -> Self {
-        let begin = Instant::now();
-        Self {
-            what,
-            unit,
-            begin,
-            last: begin,
-        }
-    }
-
-    fn tell(&mut self, done: u64, total: u64) {
-        if done == 0 || self.last.elapsed() < Duration::from_secs(10) {
-            return;
-        }
-        self.last = Instant::now();
-        let left = (total - done) as f64 / done as f64;
-        say(format_args!(
-            "{}: {done}/{total} {}  ETA {}",
-            self.what,
-            self.unit,
-            short_duration(self.begin.elapsed().mul_f64(left))
-        ));
-    }
-
-    fn tell_bytes(&mut self, progress: Progress) {
-        self.tell(progress.done, progress.total);
-    }
-}
-
 /// The text that comes with the repository: beside the current folder, or where the program was built.
 fn default_text() -> PathBuf {
     let here = PathBuf::from("data/austen.txt");
@@ -389,55 +333,6 @@ fn plural(n: usize) -> &'static str {
     if n == 1 { "" } else { "s" }
 }
 
-/// Makes sure that a report can be written before the training begins.
-fn check_writable(path: &Path) -> Result<(), AnyError> {
-    let folder = path.parent().filter(|folder| *folder != Path::new(""));
-    if path.is_dir() || folder.is_some_and(|folder| !folder.is_dir()) {
-        return Err(format!(
-            "--report {}: give a file in a folder that exists",
-            path.display()
-        )
-        .into());
-    }
-    Ok(())
-}
-
-/// A new session, or the one of the last intact checkpoint.
-fn prepare(plan: &Plan, folder: &RunFolder, device: &Device) -> Result<Trainer<Decoder>, AnyError> {
-    let training = &plan.config.training;
-    let model = plan.config.model.init(&device.clone().autodiff());
-    let model = LanguageModel::new(model, training.label_smoothing, training.z_loss);
-    let mut session = Session::new(model, training);
-    let checkpoints = CheckpointStore::open(&folder.file(RunFolder::CHECKPOINTS))?;
-    if let Some(loaded) = checkpoints.reader().load_newest()? {
-        for damaged in &loaded.damaged {
-            complain(format_args!(
-                "warning: {damaged}; going on from step {}",
-                loaded.checkpoint.step
-            ));
-        }
-        session = session.restore(&loaded.checkpoint, checkpoints.reader().dir())?;
-    }
-    let step = session.counters.step;
-    if step > training.steps {
-        return Err(format!(
-            "the run has done {step} steps already: --steps {} is fewer",
-            training.steps
-        )
-        .into());
-    }
-    let log = folder.file(MetricsLog::FILE_NAME);
-    if log.exists() {
-        MetricsLog::truncate_after(&log, step)?;
-    }
-    Ok(Trainer {
-        config: training.clone(),
-        session,
-        checkpoints,
-        metrics: MetricsLog::open(folder.path())?,
-    })
-}
-
 fn announce(plan: &Plan, folder: &RunFolder, trainer: &Trainer<Decoder>) {
     let training = &plan.config.training;
     say(format_args!(
@@ -448,71 +343,7 @@ fn announce(plan: &Plan, folder: &RunFolder, trainer: &Trainer<Decoder>) {
         training.seq_length,
         folder.path().display()
     ));
-    if trainer.session.counters.step > 0 {
-        say(format_args!(
-            "resuming after step {}",
-            trainer.session.counters.step
-        ));
-    }
-    match plan.earlier_steps {
-        Some(earlier) if earlier != training.steps => say(format_args!(
-            "the learning-rate schedule changed: it now ends at step {} instead of {earlier}",
-            training.steps
-        )),
-        _ => {}
-    }
-}
-
-/// The dashboard's user killed the run.
-struct Killed;
-
-fn train(
-    trainer: Trainer<Decoder>,
-    plan: &Plan,
-    folder: &RunFolder,
-    device: &Device,
-    stop: &Stop,
-    no_tui: bool,
-) -> Result<Trained<Decoder>, Killed> {
-    let config = &plan.config.training;
-    let step = trainer.session.counters.step;
-    let training = TrainingLoader::new(plan.training.clone(), config, step + 1, device);
-    let chosen = plan.held_out.fixed(config.validation_windows);
-    let validation =
-        EvaluationLoader::new(plan.held_out.clone(), &chosen, config.batch_size, device);
-    let dashboard = stdout().is_terminal() && !no_tui;
-    let lines = || {
-        let every = Duration::from_secs(10);
-        let lines = LineRenderer::new(stdout(), config.steps, step, config.validate_every, every);
-        Box::new(lines) as Box<_>
-    };
-    let watch = Watch {
-        renderer: (!dashboard).then(lines),
-        interrupter: stop.interrupter(),
-        bytes_per_token: plan.held_out.stream().bytes_per_token(),
-    };
-    let guard = dashboard.then(keep_ctrl_c);
-    // The dashboard's kill is a panic of burn-train's; any other panic goes on.
-    let trained = panic::catch_unwind(panic::AssertUnwindSafe(|| {
-        trainer.train(
-            Arc::new(training),
-            Arc::new(validation),
-            folder.path(),
-            watch,
-        )
-    }));
-    drop(guard);
-    trained.map_err(|payload| match message(&*payload) {
-        Some(text) if text.contains("Killing training from user input") => Killed,
-        _ => panic::resume_unwind(payload),
-    })
-}
-
-fn message(payload: &(dyn Any + Send)) -> Option<&str> {
-    payload
-        .downcast_ref::<&str>()
-        .copied()
-        .or_else(|| payload.downcast_ref::<String>().map(String::as_str))
+    announce_resume(trainer, plan.earlier_steps);
 }
 
 /// The loss over the whole held-out text; nothing if a signal came in between.
@@ -525,24 +356,9 @@ fn evaluate_all(
     let all: Vec<usize> = (0..plan.held_out.len()).collect();
     let batch_size = plan.config.training.batch_size;
     let loader = EvaluationLoader::new(plan.held_out.clone(), &all, batch_size, device);
-    let mut lines = Lines::new("reading the held-out text", "windows");
-    let mut done = 0;
-    let result = evaluate(&trainer.session.model, &loader, |_, rows| {
-        done += rows;
-        lines.tell(done as u64, all.len() as u64);
-        if stop.requested() {
-            return Err(TrainingError::Stopped);
-        }
-        Ok(())
-    });
-    match result {
-        Err(TrainingError::Stopped) => Ok(None),
-        result => result.map(Some),
-    }
+    let lines = Lines::new("reading the held-out text", "windows");
+    evaluate_unless_stopped(&trainer.session.model, &loader, lines, stop)
 }
-
-// The training loss of a report is the mean over so many of the last steps.
-const TRAIN_LOSS_STEPS: usize = 100;
 
 fn report(
     args: &Args,
@@ -551,51 +367,13 @@ fn report(
     folder: &RunFolder,
     valid_loss: f64,
 ) -> Result<(), AnyError> {
-    let bits_per_byte =
-        valid_loss / std::f64::consts::LN_2 / plan.held_out.stream().bytes_per_token();
-    let counters = &trainer.session.counters;
-    let history = RunHistory::load(folder.path())?;
-    let losses: Vec<f64> = history
-        .train_losses()
-        .iter()
-        .map(|(_, loss)| *loss)
-        .collect();
-    let last = &losses[losses.len().saturating_sub(TRAIN_LOSS_STEPS)..];
-    let train_loss = last.iter().sum::<f64>() / last.len() as f64;
-    let report = Report {
-        train_loss: Some(train_loss),
-        valid_loss: Some(valid_loss),
-        bits_per_byte: Some(bits_per_byte),
-        tokens_per_second: counters.tokens_per_second(),
-        peak_memory_bytes: peak_memory_bytes(),
-        parameters: Some(trainer.session.model.num_params() as u64),
-        steps: Some(counters.step),
-        seconds: Some(counters.seconds),
-    };
+    let bytes_per_token = plan.held_out.stream().bytes_per_token();
+    let report = final_figures(trainer, folder, valid_loss, bytes_per_token)?;
     report.write(folder.file(Report::FILE_NAME))?;
     if let Some(path) = &args.report {
         report.write(path)?;
     }
-    plot::draw_curves(
-        &[history],
-        &folder.file("curves.svg"),
-        &folder.file("curves.png"),
-    )?;
-    say(format_args!(
-        "trained {} steps in {}{}: train loss {train_loss:.4}, validation loss {valid_loss:.4} over the whole held-out text ({bits_per_byte:.4} bits per byte)",
-        counters.step,
-        short_duration(Duration::from_secs_f64(counters.seconds)),
-        match counters.tokens_per_second() {
-            Some(speed) => format!(" at {speed:.0} tokens/s"),
-            None => String::new(),
-        }
-    ));
-    if counters.skipped > 0 {
-        say(format_args!(
-            "{} steps were skipped: their loss or gradient was not finite",
-            counters.skipped
-        ));
-    }
+    say_figures(trainer, &report, "the whole held-out text");
     Ok(())
 }
 

@@ -52,6 +52,45 @@ impl TokenizerRecord {
             crc32: tokenizer.crc32(),
         })
     }
+
+    /// The tokenizer of the run in the folder `run`.
+    ///
+    /// # Errors
+    ///
+    /// A file that is missing, no tokenizer, or not the one that the run began with.
+    pub fn load(&self, run: &Path) -> Result<Tokenizer, ConfigError> {
+        let path = run.join(Tokenizer::FILE_NAME);
+        let tokenizer = Tokenizer::load(&path)?;
+        if tokenizer.crc32() != self.crc32 {
+            return Err(ConfigError::Tokenizer { path });
+        }
+        Ok(tokenizer)
+    }
+
+    /// Checks whether a tokenizer that was asked for is that of the run, which has none (`None`) if its tokens are bytes.
+    ///
+    /// # Errors
+    ///
+    /// Another choice, or a file that is missing or no tokenizer.
+    pub fn check(of_run: Option<&Self>, asked: &TokenizerChoice) -> Result<(), ConfigError> {
+        let same = match (of_run, asked) {
+            (None, TokenizerChoice::Bytes) => true,
+            (record, TokenizerChoice::File(path)) => {
+                let record = record.map(|record| record.crc32);
+                let tokenizer = Tokenizer::load(path)?;
+                record == (!tokenizer.is_bytes()).then(|| tokenizer.crc32())
+            }
+            (record, asked) => record.is_some_and(|record| record.choice == asked.to_string()),
+        };
+        if same {
+            return Ok(());
+        }
+        Err(ConfigError::Differs {
+            field: "tokenizer".to_owned(),
+            of_run: of_run.map_or("bytes".to_owned(), |record| record.choice.clone()),
+            asked: asked.to_string(),
+        })
+    }
 }
 
 /// What the command line says about the configuration.
@@ -212,20 +251,8 @@ impl Overrides {
         if let Some(every) = self.checkpoint_every {
             resumed.training.checkpoint_every = every;
         }
-        for (section, of_run, asked) in [
-            ("model", json(&resumed.model), json(&model)),
-            ("training", json(&resumed.training), json(&training)),
-        ] {
-            for (field, of_run) in &of_run {
-                if *of_run != asked[field] {
-                    return Err(ConfigError::Differs {
-                        field: format!("{section}.{field}"),
-                        of_run: of_run.to_string(),
-                        asked: asked[field].to_string(),
-                    });
-                }
-            }
-        }
+        require_same("model", &resumed.model, &model)?;
+        require_same("training", &resumed.training, &training)?;
         validate(&resumed.model, &resumed.training, resumed.n_tokens())?;
         Ok(resumed)
     }
@@ -261,12 +288,7 @@ impl RunConfig {
         let Some(record) = &self.tokenizer else {
             return Ok(Tokenizer::bytes());
         };
-        let path = run.join(Tokenizer::FILE_NAME);
-        let tokenizer = Tokenizer::load(&path)?;
-        if tokenizer.crc32() != record.crc32 {
-            return Err(ConfigError::Tokenizer { path });
-        }
-        Ok(tokenizer)
+        record.load(run)
     }
 
     /// Checks whether a tokenizer that was asked for is that of the run.
@@ -275,27 +297,7 @@ impl RunConfig {
     ///
     /// Another choice, or a file that is missing or no tokenizer.
     pub fn check_tokenizer(&self, asked: &TokenizerChoice) -> Result<(), ConfigError> {
-        let same = match (&self.tokenizer, asked) {
-            (None, TokenizerChoice::Bytes) => true,
-            (record, TokenizerChoice::File(path)) => {
-                let record = record.as_ref().map(|record| record.crc32);
-                let tokenizer = Tokenizer::load(path)?;
-                record == (!tokenizer.is_bytes()).then(|| tokenizer.crc32())
-            }
-            (record, asked) => {
-                let record = record.as_ref();
-                record.is_some_and(|record| record.choice == asked.to_string())
-            }
-        };
-        if same {
-            return Ok(());
-        }
-        let of_run = self.tokenizer.as_ref();
-        Err(ConfigError::Differs {
-            field: "tokenizer".to_owned(),
-            of_run: of_run.map_or("bytes".to_owned(), |record| record.choice.clone()),
-            asked: asked.to_string(),
-        })
+        TokenizerRecord::check(self.tokenizer.as_ref(), asked)
     }
 
     fn n_tokens(&self) -> usize {
@@ -309,15 +311,25 @@ impl RunConfig {
     ///
     /// A file that cannot be written.
     pub fn write(&self, path: &Path) -> Result<(), ConfigError> {
-        let text = serde_json::to_string_pretty(self).expect("a configuration is plain data");
-        replace_file(path, text.as_bytes()).map_err(|source| ConfigError::Io {
-            path: path.to_owned(),
-            source,
-        })
+        write_json(path, self)
     }
 }
 
-fn read(path: &Path) -> Result<Value, ConfigError> {
+/// Writes plain data as JSON, whole or not at all.
+///
+/// # Errors
+///
+/// A file that cannot be written.
+pub fn write_json(path: &Path, content: &impl Serialize) -> Result<(), ConfigError> {
+    let mut text = serde_json::to_string_pretty(content).expect("plain data");
+    text.push('\n');
+    replace_file(path, text.as_bytes()).map_err(|source| ConfigError::Io {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+pub(crate) fn read(path: &Path) -> Result<Value, ConfigError> {
     let text = fs::read_to_string(path).map_err(|source| ConfigError::Io {
         path: path.to_owned(),
         source,
@@ -334,7 +346,7 @@ fn read(path: &Path) -> Result<Value, ConfigError> {
     })
 }
 
-fn parse<T: DeserializeOwned>(path: &Path, value: &Value) -> Result<T, ConfigError> {
+pub(crate) fn parse<T: DeserializeOwned>(path: &Path, value: &Value) -> Result<T, ConfigError> {
     serde_path_to_error::deserialize(value).map_err(|error| ConfigError::Field {
         path: path.to_owned(),
         field: error.path().to_string(),
@@ -342,22 +354,45 @@ fn parse<T: DeserializeOwned>(path: &Path, value: &Value) -> Result<T, ConfigErr
     })
 }
 
-fn json<T: Serialize>(config: &T) -> Map<String, Value> {
+pub(crate) fn json<T: Serialize>(config: &T) -> Map<String, Value> {
     match serde_json::to_value(config) {
         Ok(Value::Object(fields)) => fields,
         _ => unreachable!("a configuration is a struct of plain data"),
     }
 }
 
-/// Puts the fields of a file over a configuration.
-fn overlay(
+/// Checks whether a section of a configuration is that of the run.
+///
+/// # Errors
+///
+/// The first field that differs.
+pub(crate) fn require_same<T: Serialize>(
+    section: &str,
+    of_run: &T,
+    asked: &T,
+) -> Result<(), ConfigError> {
+    let asked = json(asked);
+    for (field, of_run) in json(of_run) {
+        if of_run != asked[&field] {
+            return Err(ConfigError::Differs {
+                field: format!("{section}.{field}"),
+                of_run: of_run.to_string(),
+                asked: asked[&field].to_string(),
+            });
+        }
+    }
+    Ok(())
+}
+
+/// Puts the fields of a file over a model and a plan.
+pub(crate) fn overlay<M: Serialize + DeserializeOwned>(
     path: &Path,
-    model: &DecoderConfig,
+    model: &M,
     training: &TrainingConfig,
-) -> Result<(DecoderConfig, TrainingConfig), ConfigError> {
+) -> Result<(M, TrainingConfig), ConfigError> {
     #[derive(Deserialize)]
-    struct Sections {
-        model: DecoderConfig,
+    struct Sections<M> {
+        model: M,
         training: TrainingConfig,
     }
     let mut sections = Map::from_iter([
