@@ -63,10 +63,27 @@ impl Scores {
     /// If the pattern, or the context's bias, does not fit the lengths.
     pub(crate) fn attend(
         &self,
-        [query, key, value]: [Tensor<4>; 3],
+        heads: [Tensor<4>; 3],
         output: &Linear,
         context: &Context,
     ) -> Tensor<3> {
+        project(output, merge_heads(self.attend_heads(heads, context)))
+    }
+
+    /// The weights of the keys, `[batch_size, n_heads, query_length, key_length]`: what attention makes of values that
+    /// are the rows of the identity.
+    ///
+    /// # Panics
+    ///
+    /// As [`attend`](Self::attend).
+    pub(crate) fn weights(&self, query: Tensor<4>, key: Tensor<4>, context: &Context) -> Tensor<4> {
+        let [batch_size, n_kv_heads, key_length, _] = key.dims();
+        let identity = Tensor::<2>::eye(key_length, &key.device()).cast(key.dtype());
+        let value = identity.expand([batch_size, n_kv_heads, key_length, key_length]);
+        self.attend_heads([query, key, value], context)
+    }
+
+    fn attend_heads(&self, [query, key, value]: [Tensor<4>; 3], context: &Context) -> Tensor<4> {
         let [_, n_heads, ..] = query.dims();
         let schedule = match context.schedule(&self.pattern, n_heads) {
             Ok(schedule) => schedule,
@@ -81,8 +98,7 @@ impl Scores {
             dropout_key: context.dropout_key,
             ..AttendOptions::default()
         };
-        let joined = merge_heads(attend(query, key, value, &schedule, &options));
-        project(output, joined)
+        attend(query, key, value, &schedule, &options)
     }
 }
 

@@ -164,6 +164,22 @@ impl MultiHeadAttention {
         project_all([&self.query, &self.key, &self.value], x).map(|x| split_heads(x, self.n_heads))
     }
 
+    /// How much each position of `x` takes of each position of the source, by head; over the source the weights add up to
+    /// 1.
+    ///
+    /// # Shapes
+    ///
+    /// - `x`: `[batch_size, seq_length, d_model]`
+    /// - output: `[batch_size, n_heads, seq_length, source_length]`
+    ///
+    /// # Panics
+    ///
+    /// If the lengths are not the context's, or the pattern does not fit them.
+    pub fn cross_weights(&self, x: Tensor<3>, source: &CrossCache, context: &Context) -> Tensor<4> {
+        let query = split_heads(project(&self.query, x), self.n_heads);
+        self.scores.weights(query, source.key.clone(), context)
+    }
+
     fn attend(&self, heads: [Tensor<4>; 3], context: &Context) -> Tensor<3> {
         self.scores.attend(heads, &self.output, context)
     }

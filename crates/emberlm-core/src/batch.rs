@@ -1,6 +1,6 @@
 //! A batch of training: sequences of tokens, what each position should say, and what else comes along.
 
-use burn::tensor::{Int, Tensor};
+use burn::tensor::{Device, Int, Tensor, TensorData};
 
 use crate::{BatchData, RandomKey};
 
@@ -53,6 +53,41 @@ impl Source {
         Self {
             tokens,
             data: BatchData::new(),
+        }
+    }
+
+    /// Sources of different lengths, padded at the end with token 0, which no query sees.
+    ///
+    /// ```
+    /// use burn::tensor::Device;
+    /// use emberlm_core::Source;
+    ///
+    /// let source = Source::padded(&[vec![4, 5, 2], vec![6, 2]], &Device::flex());
+    /// assert_eq!(source.tokens.dims(), [2, 3]);
+    /// ```
+    ///
+    /// # Panics
+    ///
+    /// If there are no sources, or one is empty.
+    pub fn padded<R: AsRef<[u32]>>(rows: &[R], device: &Device) -> Self {
+        let lengths: Vec<usize> = rows.iter().map(|row| row.as_ref().len()).collect();
+        let longest = lengths.iter().max().copied().unwrap_or(0);
+        let shortest = lengths.iter().min().copied().unwrap_or(0);
+        assert!(shortest > 0, "source: it has at least one token");
+        let mut tokens = Vec::with_capacity(rows.len() * longest);
+        for row in rows {
+            tokens.extend(row.as_ref().iter().map(|token| *token as i32));
+            tokens.resize(tokens.len().next_multiple_of(longest), 0);
+        }
+        let tokens = Tensor::from_data(TensorData::new(tokens, [rows.len(), longest]), device);
+        if shortest == longest {
+            return Self::new(tokens);
+        }
+        let hidden = |length: &usize| (0..longest).map(|i| i >= *length).collect();
+        let hidden = lengths.iter().map(hidden).collect();
+        Self {
+            tokens,
+            data: BatchData::new().with_hidden_keys(hidden),
         }
     }
 }

@@ -191,6 +191,39 @@ where
         self.all_parts(stream, context, cross, mix)
     }
 
+    /// What the cross mixer reads of a block's input: what the mixer made of it, behind the norm if that stands before.
+    ///
+    /// # Shapes
+    ///
+    /// - `x`, output: `[batch_size, seq_length, d_model]`
+    ///
+    /// # Panics
+    ///
+    /// If the block has no cross mixer.
+    pub fn cross_input(&self, x: Tensor<3>, context: &Context) -> Tensor<3> {
+        let norm = self.cross_norm.as_ref();
+        let norm = norm.expect("cross: the block has no cross mixer");
+        let stream = self.mixer_part(ResidualStream::new(x), context, |x, context| {
+            self.mixer.forward(x, context)
+        });
+        match self.placement {
+            NormPlacement::Pre => stream.norm(norm).1,
+            NormPlacement::Post => stream.into_sum(),
+        }
+    }
+
+    fn mixer_part(
+        &self,
+        stream: ResidualStream,
+        context: &Context,
+        mix: impl FnOnce(Tensor<3>, &Context) -> Tensor<3>,
+    ) -> ResidualStream {
+        let context_out = context.fold(MIXER_OUTPUT);
+        self.part(stream, &self.mixer_norm, &context_out, |x| {
+            mix(x, &context.fold(MIXER))
+        })
+    }
+
     fn all_parts(
         &self,
         stream: ResidualStream,
@@ -198,9 +231,7 @@ where
         cross: Option<CrossInput<'_, C::Source>>,
         mix: impl FnOnce(Tensor<3>, &Context) -> Tensor<3>,
     ) -> ResidualStream {
-        let stream = self.part(stream, &self.mixer_norm, &context.fold(MIXER_OUTPUT), |x| {
-            mix(x, &context.fold(MIXER))
-        });
+        let stream = self.mixer_part(stream, context, mix);
         let stream = self.cross_part(stream, context, cross);
         let context_out = context.fold(FEED_FORWARD_OUTPUT);
         self.part(stream, &self.feed_forward_norm, &context_out, |x| {

@@ -13,7 +13,7 @@ use emberlm_core::{
 };
 
 use crate::{
-    FeedForwardKind, PositionsConfig, Stack, StackCache, StackConfig, TokenEmbedding,
+    FeedForwardKind, PositionsConfig, Stack, StackCache, StackConfig, StackSource, TokenEmbedding,
     TokenEmbeddingConfig, decoder::projected_loss,
 };
 
@@ -219,6 +219,21 @@ impl EncoderDecoder {
         self.decoder.new_cache(capacity, Some(source))
     }
 
+    /// How much each position of the target takes of each position of the source in the last block of the decoder, by
+    /// head; over the source the weights add up to 1.
+    ///
+    /// # Shapes
+    ///
+    /// - `tokens`: `[batch_size, seq_length]`
+    /// - output: `[batch_size, n_heads, seq_length, source_length]`
+    ///
+    /// # Panics
+    ///
+    /// As [`forward`](Self::forward).
+    pub fn cross_attention(&self, source: Source, tokens: Tensor<2, Int>) -> Tensor<4> {
+        self.decode(source, tokens, BatchData::new(), None, Stack::cross_weights)
+    }
+
     fn hidden_states(
         &self,
         source: Source,
@@ -226,6 +241,24 @@ impl EncoderDecoder {
         data: BatchData,
         dropout_key: Option<RandomKey>,
     ) -> Tensor<3> {
+        self.decode(
+            source,
+            tokens,
+            data,
+            dropout_key,
+            |decoder, x, context, source| decoder.forward(x, context, Some(source)),
+        )
+    }
+
+    /// What `run` makes of the decoder, the vectors of the target's tokens, their context and the projected source.
+    fn decode<T>(
+        &self,
+        source: Source,
+        tokens: Tensor<2, Int>,
+        data: BatchData,
+        dropout_key: Option<RandomKey>,
+        run: impl FnOnce(&Stack, Tensor<3>, &Context, &StackSource) -> T,
+    ) -> T {
         let source_data = source.data.clone();
         let encoded = self.encode(source, dropout_key);
         let source = self.decoder.project_source(encoded, source_data);
@@ -234,8 +267,7 @@ impl EncoderDecoder {
             .with_data(batch_size, data)
             .with_dropout_key(dropout_key);
         let x = (self.embedding).forward(tokens, None, &context.fold(EMBEDDING));
-        self.decoder
-            .forward(x, &context.fold(DECODER), Some(&source))
+        run(&self.decoder, x, &context.fold(DECODER), &source)
     }
 
     fn projection(&self) -> Projection {

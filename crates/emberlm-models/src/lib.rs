@@ -16,4 +16,4 @@ pub use encoder_decoder::{EncoderDecoder, EncoderDecoderConfig};
 pub use stack::{
     FeedForwardKind, FeedForwardLayer, Mixer, Stack, StackCache, StackConfig, StackSource,
 };
-pub use weights::{LoadError, load_decoder, load_weights, save_weights};
+pub use weights::{LoadError, load_decoder, load_encoder_decoder, load_weights, save_weights};

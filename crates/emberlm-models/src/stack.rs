@@ -393,6 +393,40 @@ impl Stack {
         )
     }
 
+    /// How much each position takes of each position of the source in the last block, by head.
+    ///
+    /// # Shapes
+    ///
+    /// - `x`: `[batch_size, seq_length, d_model]`
+    /// - output: `[batch_size, n_heads, seq_length, source_length]`
+    ///
+    /// # Panics
+    ///
+    /// If the stack has no cross-attention.
+    pub fn cross_weights(
+        &self,
+        x: Tensor<3>,
+        context: &Context,
+        source: &StackSource,
+    ) -> Tensor<4> {
+        let n_before = self.blocks.len() - 1;
+        let mut weights = None;
+        self.run(
+            x,
+            context,
+            Some(source),
+            |block, stream, context, cross, i| {
+                let (Some(mixer), Some(input), true) = (&block.cross, &cross, i == n_before) else {
+                    return block.forward_stream(stream, context, cross);
+                };
+                let x = block.cross_input(stream.into_sum(), context);
+                weights = Some(mixer.cross_weights(x.clone(), input.source, input.context));
+                ResidualStream::new(x)
+            },
+        );
+        weights.expect("a stack without cross-attention takes no source")
+    }
+
     /// An empty cache for `capacity` positions; with the source that all of them attend to, if there is one.
     pub fn new_cache(&self, capacity: usize, source: Option<StackSource>) -> StackCache {
         let layer = |block: &Block| block.mixer.new_cache(capacity);

@@ -11,10 +11,10 @@ use burn::{
     tensor::Device,
 };
 use emberlm_core::{InvalidConfig, replace_file};
-use serde::Deserialize;
+use serde::{Deserialize, de::DeserializeOwned};
 use thiserror::Error;
 
-use crate::{Decoder, DecoderConfig};
+use crate::{Decoder, DecoderConfig, EncoderDecoder, EncoderDecoderConfig};
 
 /// Why a model cannot be loaded or saved.
 #[derive(Debug, Error)]
@@ -99,15 +99,37 @@ pub fn load_weights<M: Module>(mut module: M, path: &Path) -> Result<M, LoadErro
     Ok(module)
 }
 
-/// Loads the model of a training run: `config.json` (its field `model`) and `model.safetensors` in `run`.
+/// Loads the decoder of a training run: `config.json` (its field `model`) and `model.safetensors` in `run`.
 ///
 /// # Errors
 ///
 /// A missing or damaged file, or a config that is none.
 pub fn load_decoder(run: &Path, device: &Device) -> Result<(DecoderConfig, Decoder), LoadError> {
+    load_run(run, DecoderConfig::validate, |config| config.init(device))
+}
+
+/// Loads the encoder-decoder of a training run, from the same files as [`load_decoder`].
+///
+/// # Errors
+///
+/// As [`load_decoder`].
+pub fn load_encoder_decoder(
+    run: &Path,
+    device: &Device,
+) -> Result<(EncoderDecoderConfig, EncoderDecoder), LoadError> {
+    load_run(run, EncoderDecoderConfig::validate, |config| {
+        config.init(device)
+    })
+}
+
+fn load_run<C: DeserializeOwned, M: Module>(
+    run: &Path,
+    validate: impl FnOnce(&C) -> Result<(), InvalidConfig>,
+    init: impl FnOnce(&C) -> M,
+) -> Result<(C, M), LoadError> {
     #[derive(Deserialize)]
-    struct Run {
-        model: DecoderConfig,
+    struct Run<C> {
+        model: C,
     }
     let path = run.join("config.json");
     let text = fs::read_to_string(&path).map_err(|source| LoadError::Io {
@@ -118,9 +140,7 @@ pub fn load_decoder(run: &Path, device: &Device) -> Result<(DecoderConfig, Decod
         path: path.clone(),
         message: error.to_string(),
     })?;
-    config
-        .validate()
-        .map_err(|source| LoadError::InvalidConfig { path, source })?;
-    let model = load_weights(config.init(device), &run.join("model.safetensors"))?;
+    validate(&config).map_err(|source| LoadError::InvalidConfig { path, source })?;
+    let model = load_weights(init(&config), &run.join("model.safetensors"))?;
     Ok((config, model))
 }

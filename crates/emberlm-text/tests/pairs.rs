@@ -194,6 +194,9 @@ fn the_verses_and_their_split() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../data/verses-en-es.tsv");
     let corpus = PairCorpus::open(path).unwrap();
     assert_eq!(corpus.pairs().len(), 30680);
+    assert_eq!(corpus.books().len(), 65);
+    let last = corpus.pairs()[30679].reference.as_deref();
+    assert_eq!(last, Some("Jude 1:25"));
     let split = corpus.split_random(500, 0).unwrap();
     assert_eq!(split.held_out.len(), 500);
     let ends = [&split.held_out[0], &split.held_out[499]].map(|pair| &pair.source[..20]);

@@ -3,7 +3,7 @@
 use burn::config::Config;
 use emberlm_core::InvalidConfig;
 
-use crate::WarmupCosine;
+use crate::{InverseSquareRoot, LearningRateSchedule, ScheduleKind, WarmupCosine};
 
 /// Everything about a run but the model and the text.
 #[derive(Config, Debug)]
@@ -20,10 +20,12 @@ pub struct TrainingConfig {
     /// Learning rate after the warm-up. Default: 2e-3.
     #[config(default = 2e-3)]
     pub learning_rate: f64,
-    /// Learning rate at the last step, as a share of `learning_rate`. Default: 0.1.
+    /// How the learning rate falls after the warm-up. Default: half a cosine.
+    pub schedule: Option<ScheduleKind>,
+    /// Learning rate at the last step of the cosine, as a share of `learning_rate`. Default: 0.1.
     #[config(default = 0.1)]
     pub final_learning_rate: f64,
-    /// Steps of linear warm-up, cut to a tenth of the steps where the run is shorter. Default: 100.
+    /// Steps of linear warm-up; before a cosine at most a tenth of the steps. Default: 100.
     #[config(default = 100)]
     pub warmup_steps: u64,
     /// AdamW's first decay rate. Default: 0.9.
@@ -131,12 +133,21 @@ impl TrainingConfig {
     }
 
     /// The learning-rate schedule.
-    pub fn schedule(&self) -> WarmupCosine {
-        WarmupCosine {
-            peak: self.learning_rate,
-            last: self.learning_rate * self.final_learning_rate,
-            warmup_steps: self.warmup_steps.min(self.steps / 10),
-            steps: self.steps,
+    pub fn schedule(&self) -> LearningRateSchedule {
+        let peak = self.learning_rate;
+        match self.schedule.unwrap_or_default() {
+            ScheduleKind::WarmupCosine => LearningRateSchedule::WarmupCosine(WarmupCosine {
+                peak,
+                last: peak * self.final_learning_rate,
+                warmup_steps: self.warmup_steps.min(self.steps / 10),
+                steps: self.steps,
+            }),
+            ScheduleKind::InverseSquareRoot => {
+                LearningRateSchedule::InverseSquareRoot(InverseSquareRoot {
+                    peak,
+                    warmup_steps: self.warmup_steps,
+                })
+            }
         }
     }
 

@@ -137,13 +137,13 @@ impl EvaluationLoader {
 }
 
 /// Walks through the numbered batches of a loader.
-struct Numbered<F> {
-    make: F,
-    next: Range<usize>,
-    total: usize,
+pub(crate) struct Numbered<F> {
+    pub(crate) make: F,
+    pub(crate) next: Range<usize>,
+    pub(crate) total: usize,
 }
 
-impl<F: Fn(usize) -> TokenBatch> Iterator for Numbered<F> {
+impl<F: FnMut(usize) -> TokenBatch> Iterator for Numbered<F> {
     type Item = Result<TokenBatch, DatasetError>;
 
     fn next(&mut self) -> Option<Self::Item> {
@@ -151,7 +151,7 @@ impl<F: Fn(usize) -> TokenBatch> Iterator for Numbered<F> {
     }
 }
 
-impl<F: Fn(usize) -> TokenBatch> DataLoaderIterator<TokenBatch> for Numbered<F> {
+impl<F: FnMut(usize) -> TokenBatch> DataLoaderIterator<TokenBatch> for Numbered<F> {
     fn progress(&self) -> Progress {
         Progress::new(
             self.total - self.next.len(),

@@ -12,7 +12,10 @@ use crate::{
     register_metrics, scale_gradients,
 };
 use burn::{
-    data::dataloader::{DataLoader, DataLoaderIterator, Progress},
+    data::{
+        dataloader::{DataLoader, Progress},
+        dataset::DatasetError,
+    },
     module::Module,
     optim::GradientsAccumulator,
     train::{
@@ -137,7 +140,7 @@ impl<N: Trainable> Trainer<N> {
             events.start_training(epoch, last - first)?;
             while self.session.counters.step < last {
                 let begin = Instant::now();
-                let (output, skipped) = self.step(batches.as_mut())?;
+                let (output, skipped) = self.session.step(&self.config, batches.as_mut())?;
                 n_steps_here += 1;
                 let step = self.session.counters.step;
                 events.trained(output, step - first, last - first, step)?;
@@ -169,55 +172,6 @@ impl<N: Trainable> Trainer<N> {
             }
         }
         Ok(Ending::Finished)
-    }
-
-    /// One optimizer step, or none where the loss or the gradient is not finite: then `true`.
-    fn step(
-        &mut self,
-        batches: &mut dyn DataLoaderIterator<TokenBatch>,
-    ) -> Result<(StepOutput, bool), TrainingError> {
-        let session = &mut self.session;
-        let (mut nll_sum, mut n_targets) = (0.0, 0.0);
-        let mut accumulator = GradientsAccumulator::new();
-        for _ in 0..self.config.accumulation {
-            let batch = batches
-                .next()
-                .expect("the loader has the micro-batches of every step")
-                .map_err(|error| TrainingError::Data(error.to_string()))?;
-            let micro = TrainStep::step(&session.model, batch);
-            nll_sum += micro.item.nll_sum;
-            n_targets += micro.item.n_targets;
-            accumulator.accumulate(&session.model, micro.grads);
-        }
-        let gradients = accumulator.grads();
-        // The gradients are of the sum over the targets; the mean's are a factor away.
-        let gradient_norm = global_norm(&session.model, &gradients) / n_targets;
-        let counters = &mut session.counters;
-        counters.step += 1;
-        let learning_rate = self.config.schedule().at(counters.step);
-        let skipped = !(nll_sum.is_finite() && gradient_norm.is_finite());
-        if skipped {
-            counters.skipped += 1;
-            counters.skipped_in_a_row += 1;
-        } else {
-            counters.skipped_in_a_row = 0;
-            let clip = (self.config.max_gradient_norm / gradient_norm).min(1.0);
-            let gradients = scale_gradients(&session.model, gradients, clip / n_targets);
-            session.model = session
-                .optimizer
-                .step(learning_rate, session.model.clone(), gradients);
-        }
-        let output = StepOutput {
-            nll_sum,
-            n_targets,
-            progress: Some(StepProgress {
-                learning_rate,
-                gradient_norm,
-                tokens_per_second: counters.tokens_per_second(),
-                peak_memory_bytes: peak_memory_bytes(),
-            }),
-        };
-        Ok((output, skipped))
     }
 
     fn count_time(&mut self, elapsed: Duration, timed_targets: Option<f64>) {
@@ -277,6 +231,67 @@ impl<N: Trainable> Trainer<N> {
             valid_loss,
         })?;
         Ok(())
+    }
+}
+
+impl<N: Trainable> Session<LanguageModel<N>> {
+    /// One optimizer step, or none where the loss or the gradient is not finite: then `true`.
+    ///
+    /// Takes the step's micro-batches from `batches`. Neither saves nor logs anything: that is the trainer's.
+    ///
+    /// # Errors
+    ///
+    /// If a batch cannot be loaded.
+    ///
+    /// # Panics
+    ///
+    /// If there are fewer batches than `config.accumulation`.
+    pub fn step(
+        &mut self,
+        config: &TrainingConfig,
+        batches: &mut dyn Iterator<Item = Result<TokenBatch, DatasetError>>,
+    ) -> Result<(StepOutput, bool), TrainingError> {
+        let (mut nll_sum, mut n_targets) = (0.0, 0.0);
+        let mut accumulator = GradientsAccumulator::new();
+        for _ in 0..config.accumulation {
+            let batch = batches
+                .next()
+                .expect("the loader has the micro-batches of every step")
+                .map_err(|error| TrainingError::Data(error.to_string()))?;
+            let micro = TrainStep::step(&self.model, batch);
+            nll_sum += micro.item.nll_sum;
+            n_targets += micro.item.n_targets;
+            accumulator.accumulate(&self.model, micro.grads);
+        }
+        let gradients = accumulator.grads();
+        // The gradients are of the sum over the targets; the mean's are a factor away.
+        let gradient_norm = global_norm(&self.model, &gradients) / n_targets;
+        let counters = &mut self.counters;
+        counters.step += 1;
+        let learning_rate = config.schedule().at(counters.step);
+        let skipped = !(nll_sum.is_finite() && gradient_norm.is_finite());
+        if skipped {
+            counters.skipped += 1;
+            counters.skipped_in_a_row += 1;
+        } else {
+            counters.skipped_in_a_row = 0;
+            let clip = (config.max_gradient_norm / gradient_norm).min(1.0);
+            let gradients = scale_gradients(&self.model, gradients, clip / n_targets);
+            self.model = self
+                .optimizer
+                .step(learning_rate, self.model.clone(), gradients);
+        }
+        let output = StepOutput {
+            nll_sum,
+            n_targets,
+            progress: Some(StepProgress {
+                learning_rate,
+                gradient_norm,
+                tokens_per_second: counters.tokens_per_second(),
+                peak_memory_bytes: peak_memory_bytes(),
+            }),
+        };
+        Ok((output, skipped))
     }
 }
 

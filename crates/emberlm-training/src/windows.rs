@@ -187,16 +187,20 @@ impl EvaluationWindows {
     /// more. They depend on the stream's length and `n` alone, so a loss measured on them during
     /// training is always over the same tokens.
     pub fn fixed(&self, n: usize) -> Vec<usize> {
-        let full = self.targets() / self.seq_length;
-        let n = n.min(full);
-        let spaced = |at: usize| (at as u128 * full as u128 / n as u128) as usize;
-        (0..n).map(spaced).collect()
+        evenly_spaced(self.targets() / self.seq_length, n)
     }
 
     /// Every token but the first is one.
     fn targets(&self) -> usize {
         self.stream.len() - 1
     }
+}
+
+/// `n` of the numbers below `total`, evenly spaced from 0 on; all if there are no more.
+pub fn evenly_spaced(total: usize, n: usize) -> Vec<usize> {
+    let n = n.min(total);
+    let spaced = |at: usize| (at as u128 * total as u128 / n as u128) as usize;
+    (0..n).map(spaced).collect()
 }
 
 /// Without `seq_length + 1`, which may overflow, and before a buffer of that size is asked for.

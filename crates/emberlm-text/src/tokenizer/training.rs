@@ -74,23 +74,6 @@ impl BpeTraining {
         mut progress: impl FnMut(Progress) + Send,
     ) -> Result<Tokenizer, TextError> {
         self.check()?;
-        let failed = |error: tokenizers::Error| TextError::Training {
-            message: error.to_string().replace('\n', " "),
-        };
-        let special = |name: &String| AddedToken::from(name.clone(), true);
-        let mut trainer = BpeTrainer::builder()
-            .vocab_size(self.vocab_size)
-            .show_progress(false)
-            .special_tokens(self.special_tokens.iter().map(special).collect())
-            .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
-            .build();
-        let byte_level = ByteLevel::new(false, true, true);
-        let mut library = TokenizerBuilder::<BPE, NormalizerWrapper, _, ByteLevel, _>::new()
-            .with_model(BPE::default())
-            .with_pre_tokenizer(Some(byte_level))
-            .with_decoder(Some(byte_level))
-            .build()
-            .map_err(failed)?;
         let total = text.len();
         let stride = total.div_ceil(MOST_BYTES).max(1);
         let mut done = 0;
@@ -108,6 +91,42 @@ impl BpeTraining {
             .step_by(stride)
             // Copied: a mapped file that someone changes is UTF-8 no longer.
             .map(|part| String::from_utf8_lossy(part).into_owned());
+        self.train_parts(parts)
+    }
+
+    /// Trains on texts such as the sentences of pairs, each of which is split into words by itself.
+    ///
+    /// # Errors
+    /// As [`train`](Self::train).
+    pub fn train_on<'a>(
+        &self,
+        texts: impl Iterator<Item = &'a str> + Send,
+    ) -> Result<Tokenizer, TextError> {
+        self.check()?;
+        self.train_parts(texts.map(str::to_owned))
+    }
+
+    fn train_parts(
+        &self,
+        parts: impl Iterator<Item = String> + Send,
+    ) -> Result<Tokenizer, TextError> {
+        let failed = |error: tokenizers::Error| TextError::Training {
+            message: error.to_string().replace('\n', " "),
+        };
+        let special = |name: &String| AddedToken::from(name.clone(), true);
+        let mut trainer = BpeTrainer::builder()
+            .vocab_size(self.vocab_size)
+            .show_progress(false)
+            .special_tokens(self.special_tokens.iter().map(special).collect())
+            .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
+            .build();
+        let byte_level = ByteLevel::new(false, true, true);
+        let mut library = TokenizerBuilder::<BPE, NormalizerWrapper, _, ByteLevel, _>::new()
+            .with_model(BPE::default())
+            .with_pre_tokenizer(Some(byte_level))
+            .with_decoder(Some(byte_level))
+            .build()
+            .map_err(failed)?;
         library.train(&mut trainer, parts).map_err(failed)?;
         let json = library.to_string(false).map_err(failed)?;
         Tokenizer::from_json(Path::new("the trained tokenizer"), json.as_bytes())
