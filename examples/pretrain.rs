@@ -3,14 +3,10 @@
 //! cargo run --release --example pretrain -- --help
 
 use std::{
-    any::Any,
-    fs,
-    io::{IsTerminal, Write, stdout},
-    panic,
+    io::{Write, stdout},
     path::{Path, PathBuf},
     process::ExitCode,
     sync::Arc,
-    time::Duration,
 };
 
 use burn::{
@@ -21,19 +17,18 @@ use burn::{
 use clap::Parser;
 use emberlm::{
     core::{Generator, IGNORED_TARGET, RandomKey, SamplingConfig, Utf8Stream},
-    models::{Decoder, Encoder, EncoderDecoder, save_weights},
+    models::{Decoder, Encoder, EncoderDecoder},
     text::{CacheState, Corpus, TokenFile, TokenStream, Tokenizer, TokenizerChoice},
     training::{
-        Batching, CheckpointStore, Ending, EvaluationLoader, EvaluationWindows, LanguageModel,
-        LineRenderer, MAX_SKIPPED_IN_A_ROW, MetricsLog, Objective, Report, RunFolder, RunHistory,
-        Session, TokenBatch, Trainable, Trained, Trainer, TrainingError, TrainingLoader,
-        TrainingWindows, Watch, evaluate, peak_memory_bytes, short_duration,
+        Batching, EvaluationLoader, EvaluationWindows, Objective, Report, RunFolder, Trainable,
+        Trainer, TrainingError, TrainingLoader, TrainingWindows,
     },
 };
 use emberlm_examples::{
-    Lines, MaskedAccuracy, ModelConfig, NeighbourTable, ObjectiveKind, Overrides, Preset,
-    RunConfig, Stop, TokenizerRecord, Vocabulary, choose_device, complain, exit_with, fill_spans,
-    keep_ctrl_c, masked_accuracy, plot, say, text_with_special_tokens,
+    Course, Lines, MaskedAccuracy, ModelConfig, NeighbourTable, ObjectiveKind, Overrides, Preset,
+    RunConfig, Stop, TokenizerRecord, Vocabulary, Watched, announce_resume, check_writable,
+    choose_device, complain, evaluate_unless_stopped, exit_with, fill_spans, final_figures,
+    masked_accuracy, open_folder, prepare, say, say_figures, text_with_special_tokens, train,
 };
 
 /// Pretrain a language model on text
@@ -122,6 +117,18 @@ struct Plan {
 }
 
 impl Plan {
+    fn training_loader(&self, first_step: u64, device: &Device) -> TrainingLoader {
+        let config = &self.config.training;
+        TrainingLoader::new(self.training.clone(), config, first_step, device)
+            .with_batching(self.batching.clone())
+    }
+
+    /// What a validation during the run looks at.
+    fn validation(&self, device: &Device) -> EvaluationLoader {
+        let n_windows = self.config.training.validation_windows;
+        self.evaluation(&self.held_out.fixed(n_windows), device)
+    }
+
     /// Windows of the held-out text.
     fn evaluation(&self, chosen: &[usize], device: &Device) -> EvaluationLoader {
         let batch_size = self.config.training.batch_size;
@@ -145,7 +152,7 @@ fn pretrain(args: &Args) -> Result<ExitCode, AnyError> {
     say(format_args!("device: {device_name}"));
     let plan = plan(args)?;
     if let Some(path) = &args.report {
-        check_writable(path)?;
+        check_writable("--report", path)?;
     }
     let (device, stop) = (&device, Stop::on_signals()?);
     match plan.config.model.clone() {
@@ -163,11 +170,7 @@ fn run<N: Shown>(
     stop: &Stop,
     init: impl FnOnce(&Device) -> N,
 ) -> Result<ExitCode, AnyError> {
-    let folder = match (&args.resume, &args.out) {
-        (Some(path), _) => RunFolder::open(path)?,
-        (None, Some(path)) => RunFolder::create(path)?,
-        (None, None) => RunFolder::create_numbered(Path::new("runs"))?,
-    };
+    let folder = open_folder(args.resume.as_deref(), args.out.as_deref())?;
     if args.resume.is_none() {
         if plan.config.tokenizer.is_some() {
             plan.tokenizer.save(folder.file(Tokenizer::FILE_NAME))?;
@@ -175,51 +178,27 @@ fn run<N: Shown>(
         // At once: a run that is killed while its model is made can be resumed too.
         plan.config.write(&folder.file(RunFolder::CONFIG))?;
     }
-    let trainer = prepare(plan, &folder, init(&device.clone().autodiff()))?;
+    let model = init(&device.clone().autodiff());
+    let trainer = prepare(model, &plan.config.training, &folder)?;
     announce(plan, &folder, &trainer);
     plan.config.write(&folder.file(RunFolder::CONFIG))?;
-    let weights = folder.file(RunFolder::WEIGHTS);
-    if trainer.session.counters.step < plan.config.training.steps {
-        // From here on the checkpoints are newer than the weights and the figures of an earlier end.
-        for stale in [&weights, &folder.file(Report::FILE_NAME)] {
-            if stale.exists() {
-                fs::remove_file(stale)?;
-            }
-        }
-    }
-
-    let (trainer, ending) = match train(trainer, plan, &folder, device, stop, args.no_tui) {
-        Ok(trained) => trained,
-        Err(Killed) => {
-            complain(format_args!(
-                "killed: continue from the last checkpoint with --resume {}",
-                folder.path().display()
-            ));
-            return Ok(ExitCode::from(137));
-        }
+    let watched = Watched {
+        folder: &folder,
+        stop,
+        no_tui: args.no_tui,
+        bytes_per_token: plan.held_out.stream().bytes_per_token(),
     };
-    let ending = ending?;
-    let step = trainer.session.counters.step;
-    save_weights(&trainer.session.model.model, &weights)?;
-    let how_to_resume = format!("continue with --resume {}", folder.path().display());
-    match ending {
-        Ending::Finished => {}
-        Ending::Interrupted => {
-            say(format_args!(
-                "stopped after step {step} and saved: {how_to_resume}"
-            ));
-            return Ok(ExitCode::SUCCESS);
-        }
-        Ending::Diverged => {
-            complain(format_args!(
-                "error: {MAX_SKIPPED_IN_A_ROW} steps in a row had a loss or gradient that is not finite; saved after step {step}: lower the learning rate in a new run, or {how_to_resume}"
-            ));
-            return Ok(ExitCode::from(1));
-        }
-    }
+    let first_step = trainer.session.counters.step + 1;
+    let training = plan.training_loader(first_step, device);
+    let trainer = match train(trainer, training, plan.validation(device), &watched)? {
+        Course::Finished(trainer) => trainer,
+        Course::Left(code) => return Ok(code),
+    };
     let Some(measured) = measure(&trainer, plan, device, stop)? else {
         say(format_args!(
-            "stopped before the whole held-out text was read; all {step} steps are saved: {how_to_resume}"
+            "stopped before the whole held-out text was read; all {} steps are saved: continue with --resume {}",
+            trainer.session.counters.step,
+            folder.path().display()
         ));
         return Ok(ExitCode::SUCCESS);
     };
@@ -407,58 +386,6 @@ fn plural(n: usize) -> &'static str {
     if n == 1 { "" } else { "s" }
 }
 
-/// Makes sure that a report can be written before the training begins.
-fn check_writable(path: &Path) -> Result<(), AnyError> {
-    let folder = path.parent().filter(|folder| *folder != Path::new(""));
-    if path.is_dir() || folder.is_some_and(|folder| !folder.is_dir()) {
-        return Err(format!(
-            "--report {}: give a file in a folder that exists",
-            path.display()
-        )
-        .into());
-    }
-    Ok(())
-}
-
-/// A new session, or the one of the last intact checkpoint.
-fn prepare<N: Trainable>(
-    plan: &Plan,
-    folder: &RunFolder,
-    model: N,
-) -> Result<Trainer<N>, AnyError> {
-    let training = &plan.config.training;
-    let model = LanguageModel::new(model, training.label_smoothing, training.z_loss);
-    let mut session = Session::new(model, training);
-    let checkpoints = CheckpointStore::open(&folder.file(RunFolder::CHECKPOINTS))?;
-    if let Some(loaded) = checkpoints.reader().load_newest()? {
-        for damaged in &loaded.damaged {
-            complain(format_args!(
-                "warning: {damaged}; going on from step {}",
-                loaded.checkpoint.step
-            ));
-        }
-        session = session.restore(&loaded.checkpoint, checkpoints.reader().dir())?;
-    }
-    let step = session.counters.step;
-    if step > training.steps {
-        return Err(format!(
-            "the run has done {step} steps already: --steps {} is fewer",
-            training.steps
-        )
-        .into());
-    }
-    let log = folder.file(MetricsLog::FILE_NAME);
-    if log.exists() {
-        MetricsLog::truncate_after(&log, step)?;
-    }
-    Ok(Trainer {
-        config: training.clone(),
-        session,
-        checkpoints,
-        metrics: MetricsLog::open(folder.path())?,
-    })
-}
-
 fn announce<N: Trainable>(plan: &Plan, folder: &RunFolder, trainer: &Trainer<N>) {
     let training = &plan.config.training;
     say(format_args!(
@@ -473,71 +400,7 @@ fn announce<N: Trainable>(plan: &Plan, folder: &RunFolder, trainer: &Trainer<N>)
         training.seq_length,
         folder.path().display()
     ));
-    if trainer.session.counters.step > 0 {
-        say(format_args!(
-            "resuming after step {}",
-            trainer.session.counters.step
-        ));
-    }
-    match plan.earlier_steps {
-        Some(earlier) if earlier != training.steps => say(format_args!(
-            "the learning-rate schedule changed: it now ends at step {} instead of {earlier}",
-            training.steps
-        )),
-        _ => {}
-    }
-}
-
-/// The dashboard's user killed the run.
-struct Killed;
-
-fn train<N: Trainable>(
-    trainer: Trainer<N>,
-    plan: &Plan,
-    folder: &RunFolder,
-    device: &Device,
-    stop: &Stop,
-    no_tui: bool,
-) -> Result<Trained<N>, Killed> {
-    let config = &plan.config.training;
-    let step = trainer.session.counters.step;
-    let training = TrainingLoader::new(plan.training.clone(), config, step + 1, device)
-        .with_batching(plan.batching.clone());
-    let chosen = plan.held_out.fixed(config.validation_windows);
-    let validation = plan.evaluation(&chosen, device);
-    let dashboard = stdout().is_terminal() && !no_tui;
-    let lines = || {
-        let every = Duration::from_secs(10);
-        let lines = LineRenderer::new(stdout(), config.steps, step, config.validate_every, every);
-        Box::new(lines) as Box<_>
-    };
-    let watch = Watch {
-        renderer: (!dashboard).then(lines),
-        interrupter: stop.interrupter(),
-        bytes_per_token: plan.held_out.stream().bytes_per_token(),
-    };
-    let guard = dashboard.then(keep_ctrl_c);
-    // The dashboard's kill is a panic of burn-train's; any other panic goes on.
-    let trained = panic::catch_unwind(panic::AssertUnwindSafe(|| {
-        trainer.train(
-            Arc::new(training),
-            Arc::new(validation),
-            folder.path(),
-            watch,
-        )
-    }));
-    drop(guard);
-    trained.map_err(|payload| match message(&*payload) {
-        Some(text) if text.contains("Killing training from user input") => Killed,
-        _ => panic::resume_unwind(payload),
-    })
-}
-
-fn message(payload: &(dyn Any + Send)) -> Option<&str> {
-    payload
-        .downcast_ref::<&str>()
-        .copied()
-        .or_else(|| payload.downcast_ref::<String>().map(String::as_str))
+    announce_resume(trainer, plan.earlier_steps);
 }
 
 /// The figures of the whole held-out text.
@@ -554,39 +417,19 @@ fn measure<N: Shown>(
     stop: &Stop,
 ) -> Result<Option<Measured>, TrainingError> {
     let loader = plan.whole_held_out(device);
-    let mut watch = watched("reading the held-out text", &loader, stop);
+    let lines = Lines::new("reading the held-out text", "windows");
     let model = &trainer.session.model;
-    let loss = evaluate(model, &loader, |_, rows| watch(rows));
-    let measured = loss.and_then(|loss| {
-        let accuracy = model.model.valid().accuracy(plan, device, stop)?;
-        Ok(Measured { loss, accuracy })
-    });
-    match measured {
+    let Some(loss) = evaluate_unless_stopped(model, &loader, lines, stop)? else {
+        return Ok(None);
+    };
+    match model.model.valid().accuracy(plan, device, stop) {
         Err(TrainingError::Stopped) => Ok(None),
-        measured => measured.map(Some),
+        accuracy => Ok(Some(Measured {
+            loss,
+            accuracy: accuracy?,
+        })),
     }
 }
-
-/// Says how far the windows of a loader are read, and stops at a signal.
-fn watched(
-    what: &'static str,
-    loader: &dyn DataLoader<TokenBatch>,
-    stop: &Stop,
-) -> impl FnMut(usize) -> Result<(), TrainingError> {
-    let mut lines = Lines::new(what, "windows");
-    let (mut done, total) = (0, loader.num_items() as u64);
-    move |rows| {
-        done += rows as u64;
-        lines.tell(done, total);
-        match stop.requested() {
-            true => Err(TrainingError::Stopped),
-            false => Ok(()),
-        }
-    }
-}
-
-// The training loss of a report is the mean over so many of the last steps.
-const TRAIN_LOSS_STEPS: usize = 100;
 
 fn report<N: Trainable>(
     args: &Args,
@@ -595,70 +438,30 @@ fn report<N: Trainable>(
     folder: &RunFolder,
     measured: &Measured,
 ) -> Result<(), AnyError> {
-    let valid_loss = measured.loss;
     // Only a causal model says the whole text.
-    let bits_per_byte = (plan.config.objective == Objective::Causal)
-        .then(|| valid_loss / std::f64::consts::LN_2 / plan.held_out.stream().bytes_per_token());
-    let counters = &trainer.session.counters;
-    let history = RunHistory::load(folder.path())?;
-    let losses: Vec<f64> = history
-        .train_losses()
-        .iter()
-        .map(|(_, loss)| *loss)
-        .collect();
-    let last = &losses[losses.len().saturating_sub(TRAIN_LOSS_STEPS)..];
-    let train_loss = last.iter().sum::<f64>() / last.len() as f64;
+    let is_causal = plan.config.objective == Objective::Causal;
+    let bytes_per_token = is_causal.then(|| plan.held_out.stream().bytes_per_token());
     let report = Report {
-        train_loss: Some(train_loss),
-        valid_loss: Some(valid_loss),
-        bits_per_byte,
-        tokens_per_second: counters.tokens_per_second(),
-        peak_memory_bytes: peak_memory_bytes(),
-        parameters: Some(trainer.session.model.num_params() as u64),
-        steps: Some(counters.step),
-        seconds: Some(counters.seconds),
         masked_accuracy: measured.accuracy.map(|accuracy| accuracy.model),
         neighbour_accuracy: measured.accuracy.map(|accuracy| accuracy.neighbours),
+        ..final_figures(trainer, folder, measured.loss, bytes_per_token)?
     };
     report.write(folder.file(Report::FILE_NAME))?;
     if let Some(path) = &args.report {
         report.write(path)?;
     }
-    plot::draw_curves(
-        &[history],
-        &folder.file("curves.svg"),
-        &folder.file("curves.png"),
-    )?;
-    say(format_args!(
-        "trained {} steps in {}{}: train loss {train_loss:.4}, validation loss {valid_loss:.4} over {} held-out text{}",
-        counters.step,
-        short_duration(Duration::from_secs_f64(counters.seconds)),
-        match counters.tokens_per_second() {
-            Some(speed) => format!(" at {speed:.0} tokens/s"),
-            None => String::new(),
-        },
-        match plan.config.objective {
-            Objective::Causal => "the whole",
-            Objective::Masked(_) => "the hidden tokens of the whole",
-            Objective::Spans(_) => "the spans of the whole",
-        },
-        match bits_per_byte {
-            Some(bits) => format!(" ({bits:.4} bits per byte)"),
-            None => String::new(),
-        }
-    ));
+    let held_out = match plan.config.objective {
+        Objective::Causal => "the whole held-out text",
+        Objective::Masked(_) => "the hidden tokens of the whole held-out text",
+        Objective::Spans(_) => "the spans of the whole held-out text",
+    };
+    say_figures(trainer, &report, held_out);
     if let Some(accuracy) = measured.accuracy {
         say(format_args!(
             "masked accuracy: {:.1} % of {} hidden tokens; a table of counts by neighbours finds {:.1} %",
             100.0 * accuracy.model,
             accuracy.n_hidden,
             100.0 * accuracy.neighbours
-        ));
-    }
-    if counters.skipped > 0 {
-        say(format_args!(
-            "{} steps were skipped: their loss or gradient was not finite",
-            counters.skipped
         ));
     }
     Ok(())
@@ -715,7 +518,16 @@ impl Shown for Encoder {
         };
         let table = NeighbourTable::count(plan.training.stream());
         let loader = plan.whole_held_out(device);
-        let watch = watched("finding hidden tokens", &loader, stop);
+        let mut lines = Lines::new("finding hidden tokens", "windows");
+        let (mut done, total) = (0, loader.num_items() as u64);
+        let watch = |rows| {
+            done += rows as u64;
+            lines.tell(done, total);
+            match stop.requested() {
+                true => Err(TrainingError::Stopped),
+                false => Ok(()),
+            }
+        };
         masked_accuracy(self, &table, &loader, config.mask_token, watch).map(Some)
     }
 

@@ -1,5 +1,6 @@
 //! What the programs share: devices, presets, signals, output, plots.
 
+mod attention_map;
 mod comparison;
 mod device;
 mod exit;
@@ -8,14 +9,21 @@ mod lines;
 mod loaded_run;
 mod masked_accuracy;
 mod model_config;
+mod nearest;
 mod objective_kind;
 pub mod plot;
 mod preset;
 mod run_config;
 mod say;
+mod sentences;
 mod sliding;
 mod stop;
+mod training_run;
+mod translation_config;
+mod translator;
+mod twin;
 
+pub use attention_map::draw_attention;
 pub use comparison::{CompareArguments, CompareError, compare};
 pub use device::{DeviceError, choose_device};
 pub use exit::exit_with;
@@ -24,9 +32,18 @@ pub use lines::Lines;
 pub use loaded_run::{LoadedRun, RunModel};
 pub use masked_accuracy::{MaskedAccuracy, NeighbourTable, masked_accuracy};
 pub use model_config::ModelConfig;
+pub use nearest::Nearest;
 pub use objective_kind::{ObjectiveKind, Vocabulary, text_with_special_tokens};
 pub use preset::Preset;
-pub use run_config::{ConfigError, Overrides, RunConfig, Sections, TokenizerRecord};
+pub use run_config::{ConfigError, Overrides, RunConfig, Sections, TokenizerRecord, write_json};
 pub use say::{complain, say};
+pub use sentences::{BEGIN, END, NoSpecialToken, Sentences};
 pub use sliding::{Score, SlidingConfig, SlidingError, score};
 pub use stop::{Stop, keep_ctrl_c};
+pub use training_run::{
+    Course, Watched, announce_resume, check_writable, evaluate_unless_stopped, final_figures,
+    from_checkpoint, open_folder, prepare, say_figures, train,
+};
+pub use translation_config::{HoldOut, HoldOutKind, TranslationConfig, TranslationOverrides};
+pub use translator::{Search, TranslationError, Translator};
+pub use twin::{export, serve};

@@ -6,10 +6,10 @@ use burn::tensor::Device;
 use emberlm::{
     models::{Decoder, Encoder, EncoderDecoder, load_weights},
     text::Tokenizer,
-    training::{CheckpointReader, LanguageModel, RunFolder, Session, Trainable},
+    training::{RunFolder, Trainable},
 };
 
-use crate::{ModelConfig, RunConfig, complain};
+use crate::{ModelConfig, RunConfig, from_checkpoint};
 
 /// A trained model of any architecture.
 pub enum RunModel {
@@ -88,22 +88,5 @@ fn trained<M: Trainable>(run: &Path, config: &RunConfig, model: M) -> Result<M, 
     if weights.is_file() {
         return Ok(load_weights(model, &weights)?);
     }
-    let reader = CheckpointReader::open(&run.join(RunFolder::CHECKPOINTS))?;
-    let Some(loaded) = reader.load_newest()? else {
-        return Err(format!(
-            "{} has no weights yet: let it train to its first checkpoint",
-            run.display()
-        )
-        .into());
-    };
-    for damaged in &loaded.damaged {
-        complain(format_args!("warning: {damaged}"));
-    }
-    complain(format_args!(
-        "the run was not finished: taking its checkpoint of step {}",
-        loaded.checkpoint.step
-    ));
-    let session = Session::new(LanguageModel::new(model, 0.0, 0.0), &config.training);
-    let session = session.restore(&loaded.checkpoint, reader.dir())?;
-    Ok(session.model.model.valid())
+    from_checkpoint(run, &config.training, model)
 }

@@ -115,9 +115,9 @@ impl ModelConfig {
         let architecture = architecture.as_ref().map(Value::as_str);
         let fields = Value::Object(fields);
         match architecture {
-            None | Some(Some("Decoder")) => parse(&fields).map(Self::Decoder),
-            Some(Some("Encoder")) => parse(&fields).map(Self::Encoder),
-            Some(Some("EncoderDecoder")) => parse(&fields).map(Self::EncoderDecoder),
+            None | Some(Some("Decoder")) => parse_value(&fields).map(Self::Decoder),
+            Some(Some("Encoder")) => parse_value(&fields).map(Self::Encoder),
+            Some(Some("EncoderDecoder")) => parse_value(&fields).map(Self::EncoderDecoder),
             Some(_) => Err(FieldError {
                 field: ARCHITECTURE.to_owned(),
                 message: "expected Decoder, Encoder or EncoderDecoder".to_owned(),
@@ -136,7 +136,7 @@ impl<'de> Deserialize<'de> for ModelConfig {
 }
 
 /// Any configuration from JSON; the error names the field.
-pub(crate) fn parse<T: DeserializeOwned>(value: &Value) -> Result<T, FieldError> {
+pub(crate) fn parse_value<T: DeserializeOwned>(value: &Value) -> Result<T, FieldError> {
     serde_path_to_error::deserialize(value).map_err(|error| FieldError {
         field: error.path().to_string(),
         message: error.inner().to_string(),

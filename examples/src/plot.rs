@@ -64,8 +64,7 @@ pub enum PlotError {
 ///
 /// [`PlotError::NothingToDraw`] before anything is written; otherwise whatever stops the drawing.
 pub fn draw_curves(runs: &[RunHistory], svg: &Path, png: &Path) -> Result<(), PlotError> {
-    register_font(FONT, FontStyle::Normal, FONT_FILE)
-        .map_err(|_| PlotError::Font { reason: None })?;
+    register_bundled_font()?;
     let figure = Figure::new(runs)?;
 
     let mut text = String::new();
@@ -80,8 +79,12 @@ pub fn draw_curves(runs: &[RunHistory], svg: &Path, png: &Path) -> Result<(), Pl
     figure.draw(&picture).map_err(drawing(png))
 }
 
+pub(crate) fn register_bundled_font() -> Result<(), PlotError> {
+    register_font(FONT, FontStyle::Normal, FONT_FILE).map_err(|_| PlotError::Font { reason: None })
+}
+
 /// The family that the text asks for: in the PNG it is the bundled font, in the SVG what the viewer has.
-const FONT: &str = "sans-serif";
+pub(crate) const FONT: &str = "sans-serif";
 static FONT_FILE: &[u8] = include_bytes!("../assets/DejaVuSans-subset.ttf");
 
 // Okabe and Ito's colours, which colour-blind readers can tell apart, without the yellow that is too
@@ -96,14 +99,14 @@ const COLORS: [RGBColor; 7] = [
     RGBColor(0, 0, 0),
 ];
 const MARKERS: [Marker; 3] = [Marker::Circle, Marker::Triangle, Marker::Square];
-const INK: RGBColor = RGBColor(60, 60, 60);
+pub(crate) const INK: RGBColor = RGBColor(60, 60, 60);
 const GRID: RGBColor = RGBColor(225, 225, 225);
 
 // All sizes in pixels.
 const WIDTH: u32 = 1920;
 const LOSS_HEIGHT: u32 = 820;
 const LOWER_HEIGHT: u32 = 380;
-const MARGIN: i32 = 24;
+pub(crate) const MARGIN: i32 = 24;
 /// Half of the widest label of a step stands right of the axes.
 const RIGHT_MARGIN: i32 = 60;
 const Y_LABELS: i32 = 150;
@@ -132,7 +135,8 @@ type Point = (f64, f64);
 type Line = Vec<Point>;
 /// The part of the picture between two axes.
 type Plane<DB> = DrawingArea<DB, Cartesian2d<Scale, Scale>>;
-type Drawn<DB, T = ()> = Result<T, DrawingAreaErrorKind<<DB as DrawingBackend>::ErrorType>>;
+pub(crate) type Drawn<DB, T = ()> =
+    Result<T, DrawingAreaErrorKind<<DB as DrawingBackend>::ErrorType>>;
 
 #[derive(Clone, Copy)]
 enum Marker {
@@ -405,7 +409,7 @@ fn legend(runs: &[RunHistory], curves: &[Curve], window: u64) -> Result<Vec<Entr
 }
 
 /// The name, without its middle where it is wider than `room`: names of runs differ at both ends.
-fn shortened(name: &str, room: i32) -> Result<String, PlotError> {
+pub(crate) fn shortened(name: &str, room: i32) -> Result<String, PlotError> {
     let visible = |c: char| if c.is_control() { '?' } else { c };
     let mut text: String = name.chars().map(visible).collect();
     let letters: Vec<char> = text.chars().collect();
@@ -426,7 +430,7 @@ fn text_style() -> TextStyle<'static> {
     (FONT, TEXT).into_font().color(&INK)
 }
 
-fn text_width(text: &str) -> Result<i32, PlotError> {
+pub(crate) fn text_width(text: &str) -> Result<i32, PlotError> {
     match text_style().font.box_size(text) {
         Ok((width, _)) => Ok(width as i32),
         Err(reason) => Err(PlotError::Font {
@@ -599,13 +603,13 @@ fn draw_marker<DB: DrawingBackend>(
 }
 
 /// Turns the system's error about `path` into this module's, for `map_err`.
-fn writing(path: &Path) -> impl FnOnce(io::Error) -> PlotError {
+pub(crate) fn writing(path: &Path) -> impl FnOnce(io::Error) -> PlotError {
     let path = path.to_owned();
     |source| PlotError::Io { path, source }
 }
 
 /// Turns the library's error about `path` into this module's, for `map_err`.
-fn drawing<E: Error + Send + Sync + 'static>(
+pub(crate) fn drawing<E: Error + Send + Sync + 'static>(
     path: &Path,
 ) -> impl FnOnce(DrawingAreaErrorKind<E>) -> PlotError {
     let path = path.to_owned();

@@ -10,13 +10,13 @@ use emberlm::{
     text::{TextError, Tokenizer, TokenizerChoice},
     training::{Fingerprint, Objective, TrainingConfig},
 };
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::{Map, Value};
 use thiserror::Error;
 
 use crate::{
     ModelConfig, ObjectiveKind, Preset, Vocabulary,
-    model_config::{ARCHITECTURE, FieldError, parse},
+    model_config::{ARCHITECTURE, FieldError, parse_value},
     preset::N_BYTE_VALUES,
 };
 
@@ -59,6 +59,45 @@ impl TokenizerRecord {
             choice: choice.to_string(),
             vocab_size: tokenizer.vocab_size(),
             crc32: tokenizer.crc32(),
+        })
+    }
+
+    /// The tokenizer of the run in the folder `run`.
+    ///
+    /// # Errors
+    ///
+    /// A file that is missing, no tokenizer, or not the one that the run began with.
+    pub fn load(&self, run: &Path) -> Result<Tokenizer, ConfigError> {
+        let path = run.join(Tokenizer::FILE_NAME);
+        let tokenizer = Tokenizer::load(&path)?;
+        if tokenizer.crc32() != self.crc32 {
+            return Err(ConfigError::Tokenizer { path });
+        }
+        Ok(tokenizer)
+    }
+
+    /// Checks whether a tokenizer that was asked for is that of the run, which has none (`None`) if its tokens are bytes.
+    ///
+    /// # Errors
+    ///
+    /// Another choice, or a file that is missing or no tokenizer.
+    pub fn check(of_run: Option<&Self>, asked: &TokenizerChoice) -> Result<(), ConfigError> {
+        let same = match (of_run, asked) {
+            (None, TokenizerChoice::Bytes) => true,
+            (record, TokenizerChoice::File(path)) => {
+                let record = record.map(|record| record.crc32);
+                let tokenizer = Tokenizer::load(path)?;
+                record == (!tokenizer.is_bytes()).then(|| tokenizer.crc32())
+            }
+            (record, asked) => record.is_some_and(|record| record.choice == asked.to_string()),
+        };
+        if same {
+            return Ok(());
+        }
+        Err(ConfigError::Differs {
+            field: "tokenizer".to_owned(),
+            of_run: of_run.map_or("bytes".to_owned(), |record| record.choice.clone()),
+            asked: asked.to_string(),
         })
     }
 }
@@ -299,22 +338,28 @@ impl Overrides {
         }
         let of_run = ObjectiveKind::of(&run.objective);
         let asked = self.objective.unwrap_or(of_run);
-        require_same("objective", of_run.to_string(), asked.to_string())?;
+        require_equal("objective", of_run.to_string(), asked.to_string())?;
         if self.documents {
-            require_same(
+            require_equal(
                 "documents",
                 run.within_documents.to_string(),
                 "true".to_owned(),
             )?;
         }
-        let (of_run, asked) = (resumed.sections().json(), sections.json());
-        let architecture = format!("model.{ARCHITECTURE}");
         // First of all: the other fields of another architecture tell little.
-        let fields = [&architecture].into_iter().chain(of_run.keys());
-        for field in fields {
-            let asked = asked.get(field).unwrap_or(&Value::Null);
-            require_same(field, of_run[field].to_string(), asked.to_string())?;
-        }
+        let architecture = |model: &ModelConfig| model.architecture().to_owned();
+        require_equal(
+            &format!("{MODEL}.{ARCHITECTURE}"),
+            architecture(&resumed.model),
+            architecture(&sections.model),
+        )?;
+        require_same(MODEL, &resumed.model, &sections.model)?;
+        require_same(
+            OBJECTIVE,
+            &fields_of(&resumed.objective),
+            &fields_of(&sections.objective),
+        )?;
+        require_same(TRAINING, &resumed.training, &sections.training)?;
         resumed.sections().validate(resumed.n_tokens())?;
         Ok(resumed)
     }
@@ -332,7 +377,7 @@ impl Overrides {
     }
 }
 
-fn require_same(field: &str, of_run: String, asked: String) -> Result<(), ConfigError> {
+fn require_equal(field: &str, of_run: String, asked: String) -> Result<(), ConfigError> {
     if of_run == asked {
         return Ok(());
     }
@@ -360,7 +405,7 @@ impl RunConfig {
     ///
     /// A file that cannot be read, or is no valid configuration.
     pub fn read(path: &Path) -> Result<Self, ConfigError> {
-        let config: Self = parse(&read(path)?).map_err(in_file(path))?;
+        let config: Self = parse(path, &read(path)?)?;
         config.sections().validate(config.n_tokens())?;
         Ok(config)
     }
@@ -374,12 +419,7 @@ impl RunConfig {
         let Some(record) = &self.tokenizer else {
             return Ok(Tokenizer::bytes());
         };
-        let path = run.join(Tokenizer::FILE_NAME);
-        let tokenizer = Tokenizer::load(&path)?;
-        if tokenizer.crc32() != record.crc32 {
-            return Err(ConfigError::Tokenizer { path });
-        }
-        Ok(tokenizer)
+        record.load(run)
     }
 
     /// Checks whether a tokenizer that was asked for is that of the run.
@@ -388,27 +428,7 @@ impl RunConfig {
     ///
     /// Another choice, or a file that is missing or no tokenizer.
     pub fn check_tokenizer(&self, asked: &TokenizerChoice) -> Result<(), ConfigError> {
-        let same = match (&self.tokenizer, asked) {
-            (None, TokenizerChoice::Bytes) => true,
-            (record, TokenizerChoice::File(path)) => {
-                let record = record.as_ref().map(|record| record.crc32);
-                let tokenizer = Tokenizer::load(path)?;
-                record == (!tokenizer.is_bytes()).then(|| tokenizer.crc32())
-            }
-            (record, asked) => {
-                let record = record.as_ref();
-                record.is_some_and(|record| record.choice == asked.to_string())
-            }
-        };
-        if same {
-            return Ok(());
-        }
-        let of_run = self.tokenizer.as_ref();
-        Err(ConfigError::Differs {
-            field: "tokenizer".to_owned(),
-            of_run: of_run.map_or("bytes".to_owned(), |record| record.choice.clone()),
-            asked: asked.to_string(),
-        })
+        TokenizerRecord::check(self.tokenizer.as_ref(), asked)
     }
 
     fn n_tokens(&self) -> usize {
@@ -434,15 +454,25 @@ impl RunConfig {
     ///
     /// A file that cannot be written.
     pub fn write(&self, path: &Path) -> Result<(), ConfigError> {
-        let text = serde_json::to_string_pretty(self).expect("a configuration is plain data");
-        replace_file(path, text.as_bytes()).map_err(|source| ConfigError::Io {
-            path: path.to_owned(),
-            source,
-        })
+        write_json(path, self)
     }
 }
 
-fn read(path: &Path) -> Result<Value, ConfigError> {
+/// Writes plain data as JSON, whole or not at all.
+///
+/// # Errors
+///
+/// A file that cannot be written.
+pub fn write_json(path: &Path, content: &impl Serialize) -> Result<(), ConfigError> {
+    let mut text = serde_json::to_string_pretty(content).expect("plain data");
+    text.push('\n');
+    replace_file(path, text.as_bytes()).map_err(|source| ConfigError::Io {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+pub(crate) fn read(path: &Path) -> Result<Value, ConfigError> {
     let text = fs::read_to_string(path).map_err(|source| ConfigError::Io {
         path: path.to_owned(),
         source,
@@ -459,6 +489,11 @@ fn read(path: &Path) -> Result<Value, ConfigError> {
     })
 }
 
+/// Any configuration from the JSON of a file.
+pub(crate) fn parse<T: DeserializeOwned>(path: &Path, value: &Value) -> Result<T, ConfigError> {
+    parse_value(value).map_err(in_file(path))
+}
+
 fn in_file(path: &Path) -> impl Fn(FieldError) -> ConfigError {
     move |FieldError { field, message }| ConfigError::Field {
         path: path.to_owned(),
@@ -467,7 +502,8 @@ fn in_file(path: &Path) -> impl Fn(FieldError) -> ConfigError {
     }
 }
 
-fn json<T: Serialize>(config: &T) -> Map<String, Value> {
+/// The fields of a configuration.
+pub(crate) fn json<T: Serialize>(config: &T) -> Map<String, Value> {
     match serde_json::to_value(config) {
         Ok(Value::Object(fields)) => fields,
         _ => unreachable!("a configuration is a struct of plain data"),
@@ -478,14 +514,97 @@ const MODEL: &str = "model";
 const OBJECTIVE: &str = "objective";
 const TRAINING: &str = "training";
 
+/// Checks whether a section of a configuration is that of the run.
+///
+/// # Errors
+///
+/// The first field that differs.
+pub(crate) fn require_same<T: Serialize>(
+    section: &str,
+    of_run: &T,
+    asked: &T,
+) -> Result<(), ConfigError> {
+    let asked = json(asked);
+    for (field, of_run) in json(of_run) {
+        // Another architecture may lack the field.
+        let asked = asked.get(&field).unwrap_or(&Value::Null);
+        let field = format!("{section}.{field}");
+        require_equal(&field, of_run.to_string(), asked.to_string())?;
+    }
+    Ok(())
+}
+
+/// Puts the fields of a file over those of sections.
+fn overlaid(
+    path: &Path,
+    mut sections: Map<String, Value>,
+) -> Result<Map<String, Value>, ConfigError> {
+    let wrong_type = |field: &str| ConfigError::Field {
+        path: path.to_owned(),
+        field: field.to_owned(),
+        message: "expected an object".to_owned(),
+    };
+    let known = |field: String, fields: &Map<String, Value>| ConfigError::UnknownField {
+        path: path.to_owned(),
+        field,
+        known: fields.keys().cloned().collect(),
+    };
+    let Value::Object(given) = read(path)? else {
+        return Err(wrong_type("the file"));
+    };
+    for (section, fields) in given {
+        if !sections.contains_key(&section) {
+            return Err(known(section, &sections));
+        }
+        let (Value::Object(fields), Some(Value::Object(base))) =
+            (fields, sections.get_mut(&section))
+        else {
+            return Err(wrong_type(&section));
+        };
+        for (field, value) in fields {
+            if !base.contains_key(&field) {
+                return Err(known(format!("{section}.{field}"), base));
+            }
+            base.insert(field, value);
+        }
+    }
+    Ok(sections)
+}
+
+/// Puts the fields of a file over a model and a plan.
+pub(crate) fn overlay<M: Serialize + DeserializeOwned>(
+    path: &Path,
+    model: &M,
+    training: &TrainingConfig,
+) -> Result<(M, TrainingConfig), ConfigError> {
+    #[derive(Deserialize)]
+    struct Sections<M> {
+        model: M,
+        training: TrainingConfig,
+    }
+    let sections = Map::from_iter([
+        (MODEL.to_owned(), Value::Object(json(model))),
+        (TRAINING.to_owned(), Value::Object(json(training))),
+    ]);
+    let sections = Value::Object(overlaid(path, sections)?);
+    let Sections { model, training } = parse(path, &sections)?;
+    Ok((model, training))
+}
+
+/// The fields of an objective, if it has any.
+fn fields_of(objective: &Objective) -> Map<String, Value> {
+    match objective {
+        Objective::Causal => Map::new(),
+        Objective::Masked(config) => json(config),
+        Objective::Spans(config) => json(config),
+    }
+}
+
 impl Sections {
     /// The fields of each section; an objective without fields has none.
     fn fields(&self) -> Map<String, Value> {
-        let objective = match &self.objective {
-            Objective::Causal => None,
-            Objective::Masked(config) => Some(json(config)),
-            Objective::Spans(config) => Some(json(config)),
-        };
+        let objective = fields_of(&self.objective);
+        let objective = (!objective.is_empty()).then_some(objective);
         let sections = [
             (MODEL, Some(json(&self.model))),
             (OBJECTIVE, objective),
@@ -498,52 +617,9 @@ impl Sections {
         sections.collect()
     }
 
-    /// All fields, as `section.field`.
-    fn json(&self) -> Map<String, Value> {
-        let mut all = Map::new();
-        for (section, fields) in self.fields() {
-            let Value::Object(fields) = fields else {
-                unreachable!("sections are objects")
-            };
-            for (field, value) in fields {
-                all.insert(format!("{section}.{field}"), value);
-            }
-        }
-        all
-    }
-
     /// Puts the fields of a file over these.
     fn overlaid(&self, path: &Path) -> Result<Self, ConfigError> {
-        let wrong_type = |field: &str| ConfigError::Field {
-            path: path.to_owned(),
-            field: field.to_owned(),
-            message: "expected an object".to_owned(),
-        };
-        let known = |field: String, fields: &Map<String, Value>| ConfigError::UnknownField {
-            path: path.to_owned(),
-            field,
-            known: fields.keys().cloned().collect(),
-        };
-        let mut sections = self.fields();
-        let Value::Object(given) = read(path)? else {
-            return Err(wrong_type("the file"));
-        };
-        for (section, fields) in given {
-            if !sections.contains_key(&section) {
-                return Err(known(section, &sections));
-            }
-            let (Value::Object(fields), Some(Value::Object(base))) =
-                (fields, sections.get_mut(&section))
-            else {
-                return Err(wrong_type(&section));
-            };
-            for (field, value) in fields {
-                if !base.contains_key(&field) {
-                    return Err(known(format!("{section}.{field}"), base));
-                }
-                base.insert(field, value);
-            }
-        }
+        let sections = overlaid(path, self.fields())?;
         self.with_fields(sections).map_err(in_file(path))
     }
 
@@ -559,8 +635,8 @@ impl Sections {
         let objective = take(OBJECTIVE);
         let objective = match &self.objective {
             Objective::Causal => Ok(Objective::Causal),
-            Objective::Masked(_) => parse(&objective).map(Objective::Masked),
-            Objective::Spans(_) => parse(&objective).map(Objective::Spans),
+            Objective::Masked(_) => parse_value(&objective).map(Objective::Masked),
+            Objective::Spans(_) => parse_value(&objective).map(Objective::Spans),
         };
         let Value::Object(model) = take(MODEL) else {
             unreachable!("the model is an object")
@@ -568,7 +644,7 @@ impl Sections {
         Ok(Self {
             model: ModelConfig::from_fields(model).map_err(inside(MODEL))?,
             objective: objective.map_err(inside(OBJECTIVE))?,
-            training: parse(&take(TRAINING)).map_err(inside(TRAINING))?,
+            training: parse_value(&take(TRAINING)).map_err(inside(TRAINING))?,
         })
     }
 

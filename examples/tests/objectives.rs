@@ -416,7 +416,7 @@ fn runs_that_cannot_do_what_is_asked() {
         (["--objective", "causal"], "objective is masked in the run"),
         (
             ["--preset", "tiny"],
-            "model.architecture is \"Encoder\" in the run",
+            "model.architecture is Encoder in the run",
         ),
     ] {
         place.refuses(
