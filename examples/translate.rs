@@ -646,12 +646,12 @@ impl TranslationReport {
         let valid_loss = self.figures.valid_loss.unwrap_or(f64::NAN);
         let difference = self.shuffled_sources_loss - valid_loss;
         say(format_args!(
-            "with the sources of other pairs: loss {:.4}, {difference:.4} more",
+            "with the sources of other pairs: loss {:.4} ({difference:+.4})",
             self.shuffled_sources_loss
         ));
         if difference < LEAST_DIFFERENCE {
             complain(format_args!(
-                "warning: that is less than {LEAST_DIFFERENCE} nats: the model hardly looks at its source yet; train it for more steps"
+                "warning: that is less than {LEAST_DIFFERENCE} nats more: the model hardly looks at its source yet; train it for more steps"
             ));
         }
         say(format_args!(

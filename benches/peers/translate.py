@@ -30,7 +30,7 @@ From files, to do what another program does:
 
 - `--weights FILE.safetensors`: where training starts. Float32, linear weights `[d_input, d_output]`; for N from 0:
 
-      tokens.weight                                            [4096, 256]
+      embedding.tokens.weight                                  [4096, 256]
       encoder.blocks.N.mixer_norm.{gamma,beta}
       encoder.blocks.N.mixer.{query,key,value,output}.{weight,bias}
       encoder.blocks.N.feed_forward_norm.{gamma,beta}
@@ -41,7 +41,7 @@ From files, to do what another program does:
       decoder.blocks.N.feed_forward_norm, feed_forward         as above
       decoder.norm.{gamma,beta}
 
-  The number of rows of `tokens.weight` may be another. `--save-weights FILE` writes such a file after the last step.
+  The number of rows of `embedding.tokens.weight` may be another. `--save-weights FILE` writes such a file after the last step.
 - `--batches FILE.jsonl`: a batch a line, `{"source": [[5, 9, 2], ..], "target": [[1, 7, 8, 2], ..]}`: token ids without
   padding, as the encoder reads them, and as the decoder reads and predicts them, `<begin>` and `<end>` included. Step
   `k` takes line `k` and begins again after the last. Nothing is shuffled.
@@ -196,7 +196,7 @@ def sinusoids(length, d_model):
 class EncoderDecoder(nn.Module):
     def __init__(self, sizes):
         super().__init__()
-        self.tokens = nn.Embedding(sizes.vocab_size, sizes.d_model)
+        self.embedding = nn.ModuleDict({"tokens": nn.Embedding(sizes.vocab_size, sizes.d_model)})
         self.encoder = Stack(EncoderBlock, sizes.n_encoder_layers, sizes)
         self.decoder = Stack(DecoderBlock, sizes.n_decoder_layers, sizes)
         self.dropout = nn.Dropout(sizes.dropout)
@@ -213,13 +213,13 @@ class EncoderDecoder(nn.Module):
 
     def embed(self, tokens, first_position=0):
         positions = self.positions[first_position : first_position + tokens.shape[1]]
-        return self.dropout(self.tokens(tokens) * self.scale + positions)
+        return self.dropout(self.embedding.tokens(tokens) * self.scale + positions)
 
     def encode(self, source, visible):
         return self.encoder(self.embed(source), visible)
 
     def scores(self, hidden):
-        return F.linear(hidden, self.tokens.weight)
+        return F.linear(hidden, self.embedding.tokens.weight)
 
     def forward(self, source, visible, inputs):
         memory = self.encode(source, visible)
@@ -494,7 +494,7 @@ def load_model(args):
 
     try:
         with safe_open(args.weights, "pt") as tensors:
-            vocab_size = tensors.get_slice("tokens.weight").get_shape()[0]
+            vocab_size = tensors.get_slice("embedding.tokens.weight").get_shape()[0]
         model = EncoderDecoder(Sizes(vocab_size=vocab_size, dropout=args.dropout))
         load_burn_weights(model, args.weights)
     except Exception as error:  # safetensors' own errors are of several kinds.
@@ -558,7 +558,7 @@ def train_and_evaluate(args):
     model = load_model(args)
     n_parameters = sum(p.numel() for p in model.parameters())
     print(f"{n_parameters} parameters, torch {torch.__version__}, {args.threads} threads", flush=True)
-    ids, training, held_out = load_data(args, model.tokens.num_embeddings)
+    ids, training, held_out = load_data(args, model.embedding.tokens.num_embeddings)
     result = train(Trainer(model, batches_of(args, training), args.warmup), args.steps) if args.steps else {}
     if args.save_weights:
         save_burn_weights(model, args.save_weights)
@@ -573,7 +573,7 @@ def train_and_evaluate(args):
 def serve(args):
     """Answers commands until the end of standard input."""
     model = load_model(args)
-    training = None if args.batches else load_data(args, model.tokens.num_embeddings)[1]
+    training = None if args.batches else load_data(args, model.embedding.tokens.num_embeddings)[1]
     trainer = Trainer(model, batches_of(args, training), args.warmup)
 
     def answer(content):
@@ -665,7 +665,7 @@ def print_comparison(contenders, rounds):
 
 def same_parameters(model, reference):
     """Pairs of a parameter of ours and the name and rows of the same one in `nn.Transformer`."""
-    d_model = model.tokens.embedding_dim
+    d_model = model.embedding.tokens.embedding_dim
     for stack in ["encoder", "decoder"]:
         attentions = {"mixer": "self_attn"}
         if stack == "decoder":
@@ -701,7 +701,7 @@ def check_transformer(model, batch):
     # It says that norms before the halves rule out its nested tensors.
     warnings.filterwarnings("ignore", message="enable_nested_tensor")
     reference = nn.Transformer(
-        model.tokens.embedding_dim,
+        model.embedding.tokens.embedding_dim,
         model.encoder.blocks[0].mixer.n_heads,
         len(model.encoder.blocks),
         len(model.decoder.blocks),
@@ -717,10 +717,10 @@ def check_transformer(model, batch):
             reference.get_parameter(name)[rows] = ours
     padding = ~batch.visible[:, 0, 0]
     causal = nn.Transformer.generate_square_subsequent_mask(batch.inputs.shape[1], dtype=torch.float64) < 0
-    table = model.tokens.weight.detach().clone().requires_grad_()
+    table = model.embedding.tokens.weight.detach().clone().requires_grad_()
 
     def embed(tokens):
-        return table[tokens] * math.sqrt(model.tokens.embedding_dim) + model.positions[: tokens.shape[1]]
+        return table[tokens] * math.sqrt(model.embedding.tokens.embedding_dim) + model.positions[: tokens.shape[1]]
 
     hidden = reference(
         embed(batch.source),
@@ -735,9 +735,9 @@ def check_transformer(model, batch):
     weight = torch.randn(theirs[real].shape, dtype=torch.float64)
     (ours[real] * weight).sum().backward()
     (theirs[real] * weight).sum().backward()
-    differences = [largest_difference(model.tokens.weight.grad, table.grad)]
+    differences = [largest_difference(model.embedding.tokens.weight.grad, table.grad)]
     differences += [largest_difference(p.grad, reference.get_parameter(name).grad[rows]) for p, name, rows in pairs]
-    largest = model.tokens.weight.grad.abs().max().item()
+    largest = model.embedding.tokens.weight.grad.abs().max().item()
     require("gradients beside torch.nn.Transformer, over the largest", max(differences) / largest, 1e-10)
 
 

@@ -1,9 +1,9 @@
 //! The encoder-decoder: padding and packing change nothing, the cache equals the whole, sources are needed.
 
-use burn::tensor::{Device, Int, Tensor, TensorData, s};
+use burn::tensor::{Device, Int, Tensor, TensorData, activation::softmax, s};
 use emberlm_core::{
-    BatchData, CachedModel, CrossEntropyConfig, IGNORED_TARGET, InvalidConfig, LossModel, Source,
-    TokenBatch,
+    BatchData, CachedModel, Context, CrossEntropyConfig, IGNORED_TARGET, InvalidConfig, Lengths,
+    LossModel, SequenceMixer, Source, TokenBatch,
 };
 use emberlm_models::{DecoderConfig, EncoderDecoder, EncoderDecoderConfig, PositionsConfig};
 use emberlm_testkit::{assert_close, device, largest_difference, random_tokens, to_f64};
@@ -49,6 +49,54 @@ fn a_batch_of_many_is_one_by_one() {
         let alone = model.forward(Source::new(source), target, None);
         assert_close(all.clone().slice(s![i..i + 1, 0..n, ..]), alone, 1e-12);
     }
+}
+
+/// `softmax(q k^T / sqrt(d_head))` with the projections of the one block, written out.
+#[test]
+fn cross_attention_is_the_softmax_of_the_last_block() {
+    let device = device();
+    let config = EncoderDecoderConfig::new(13, 1, 1, 12, 3).with_dropout(0.0);
+    let model: EncoderDecoder = to_f64(config.init(&device));
+    let (source, target) = (
+        random_tokens([2, 5], 13, 1, &device),
+        random_tokens([2, 4], 13, 2, &device),
+    );
+    let weights = model.cross_attention(Source::new(source.clone()), target.clone());
+
+    let context = Context::new(Lengths::square(4));
+    let block = &model.decoder.blocks[0];
+    let x = model.embedding.forward(target, None, &context);
+    let h = x.clone() + block.mixer.forward(block.mixer_norm.forward(x), &context);
+    let cross = block
+        .cross
+        .as_ref()
+        .expect("a decoder that reads an encoder");
+    let norm = block.cross_norm.as_ref().expect("of the cross-attention");
+    let heads = |x: Tensor<3>| {
+        let [batch_size, length, _] = x.dims();
+        x.reshape([batch_size, length, 3, 4]).swap_dims(1, 2)
+    };
+    let query = heads(cross.query.forward(norm.forward(h)));
+    let key = heads(cross.key.forward(model.encode(Source::new(source), None)));
+    assert_close(
+        weights,
+        softmax(query.matmul(key.transpose()) * 0.5, 3),
+        1e-12,
+    );
+}
+
+#[test]
+fn cross_attention_gives_padding_nothing() {
+    let device = device();
+    let rows: [&[u32]; 2] = [&[1, 2, 3, 4, 5], &[6, 7]];
+    let source = Source::padded(&rows, &device);
+    let target = random_tokens([2, 3], 13, 2, &device);
+    let weights = model(&device).cross_attention(source, target);
+    assert_eq!(weights.dims(), [2, 3, 3, 5]);
+    let of_padding = weights.clone().slice(s![1.., .., .., 2..]);
+    assert_close(of_padding, Tensor::zeros([1, 3, 3, 3], &device), 0.0);
+    let sums = weights.sum_dim(3);
+    assert_close(sums, Tensor::ones([2, 3, 3, 1], &device), 1e-12);
 }
 
 #[test]

@@ -8,7 +8,7 @@ use burn::{
     tensor::{Device, Int, Tensor, s},
     train::{Interrupter, TrainStep},
 };
-use emberlm_models::{Decoder, DecoderConfig, PositionsConfig};
+use emberlm_models::{Decoder, DecoderConfig, EncoderDecoderConfig, PositionsConfig};
 use emberlm_testkit::{
     device, largest_difference, optimizer_gradients_by_name, parameters_by_name, random_tokens,
     to_f64,
@@ -16,8 +16,9 @@ use emberlm_testkit::{
 use emberlm_text::{BpeTraining, TokenFile};
 use emberlm_training::{
     CheckpointStore, Corpus, Ending, EvaluationLoader, EvaluationWindows, LanguageModel,
-    LineRenderer, MetricsLog, Session, TokenBatch, Trainer, TrainingConfig, TrainingLoader,
-    TrainingWindows, Watch, adamw, evaluate, global_norm, scale_gradients,
+    LineRenderer, MetricsLog, PairEvaluationLoader, PairLoader, Session, TokenBatch, TokenPair,
+    Trainer, TrainingConfig, TrainingLoader, TrainingWindows, Watch, adamw, evaluate, global_norm,
+    scale_gradients,
 };
 
 fn decoder(device: &Device) -> Decoder {
@@ -39,6 +40,59 @@ fn batch(tokens: Tensor<2, Int>) -> TokenBatch {
         tokens.clone().slice(s![.., 0..length - 1]),
         tokens.slice(s![.., 1..length]),
     )
+}
+
+fn pairs() -> Arc<[TokenPair]> {
+    let tokens = |first: u32, n: u32| (0..n).map(|i| (first * 7 + i * 3) % 30).collect();
+    let pair = |i| TokenPair {
+        source: tokens(i, 1 + i % 5),
+        target: tokens(i + 1, 2 + i * i % 7),
+    };
+    (0..40).map(pair).collect()
+}
+
+#[test]
+fn the_loss_over_pairs_does_not_depend_on_how_they_are_cut() {
+    let device = device();
+    let model = EncoderDecoderConfig::new(30, 1, 1, 12, 3).init(&device.clone().autodiff());
+    let model = to_f64(LanguageModel::new(model, 0.0, 0.0));
+    let chosen: Vec<usize> = (0..40).collect();
+    let loss = |max_tokens| {
+        let loader = PairEvaluationLoader::new(pairs(), &chosen, max_tokens, &device);
+        let mut n_targets = 0.0;
+        let loss = evaluate(&model, &loader, |output, _| {
+            n_targets += output.n_targets;
+            Ok(())
+        });
+        (loss.expect("nothing can fail"), n_targets)
+    };
+    let real: usize = pairs().iter().map(TokenPair::n_predicted).sum();
+    let (alone, n_alone) = loss(1);
+    let (together, n_together) = loss(100);
+    assert!((alone - together).abs() < 1e-12, "{alone} {together}");
+    assert_eq!([n_alone, n_together], [real as f64; 2]);
+}
+
+#[test]
+fn a_loader_of_pairs_goes_on_where_another_stopped() {
+    let config = TrainingConfig::new(30, 4, 6).with_accumulation(2);
+    let batches = |first_step| -> Vec<_> {
+        let loader = PairLoader::new(pairs(), &config, first_step, &device());
+        let batches = loader.iter().map(|batch| {
+            let batch = batch.expect("nothing can fail");
+            (
+                numbers(batch.inputs),
+                numbers(batch.targets),
+                batch.dropout_key,
+            )
+        });
+        batches.collect()
+    };
+    let whole = batches(1);
+    assert_eq!(whole.len(), 60);
+    let n_predicted: usize = pairs().iter().map(TokenPair::n_predicted).sum();
+    assert!(n_predicted < 60 * 12, "more than an epoch");
+    assert_eq!(batches(14), whole[26..]);
 }
 
 #[test]

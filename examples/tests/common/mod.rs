@@ -8,7 +8,7 @@
 use std::{
     collections::BTreeMap,
     env, fs,
-    io::Read,
+    io::{Read, Write},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     thread,
@@ -70,13 +70,28 @@ impl Place {
         Running::new(child)
     }
 
+    /// Runs a program to its end with `input` on its standard input, which must be less than a pipe holds.
+    pub(crate) fn run_with_input(&self, program: &str, args: &[&str], input: &str) -> Ended {
+        let mut child = self.spawn_with(program, args, Stdio::piped());
+        let mut stdin = child.stdin.take().expect("it is piped");
+        stdin
+            .write_all(input.as_bytes())
+            .expect("the pipe holds it");
+        drop(stdin);
+        Running::new(child).wait()
+    }
+
     fn spawn(&self, program: &str, args: &[&str]) -> Child {
+        self.spawn_with(program, args, Stdio::null())
+    }
+
+    fn spawn_with(&self, program: &str, args: &[&str], stdin: Stdio) -> Child {
         let child = Command::new(binary(program))
             .args(args)
             .current_dir(&self.0)
             // A backtrace would be more than the one line that an error may have.
             .env("RUST_BACKTRACE", "1")
-            .stdin(Stdio::null())
+            .stdin(stdin)
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn();
