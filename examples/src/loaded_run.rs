@@ -12,6 +12,10 @@ use emberlm::{
 use crate::{ModelConfig, RunConfig, from_checkpoint};
 
 /// A trained model of any architecture.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "a program has one, and moves it a few times"
+)]
 pub enum RunModel {
     /// Writes on.
     Decoder(Decoder),
