@@ -11,7 +11,7 @@ use emberlm::{
     training::short_duration,
 };
 use emberlm_examples::{
-    Lines, LoadedRun, RunModel, Score, SlidingConfig, SlidingError, Stop, choose_device, complain,
+    LoadedRun, RunModel, Score, SlidingConfig, SlidingError, Stop, Work, choose_device, complain,
     exit_with, say, score,
 };
 use serde::Serialize;
@@ -86,7 +86,7 @@ fn evaluate(args: &Args) -> Result<(), AnyError> {
     let stop = Stop::on_signals()?;
     let begin = Instant::now();
     let mut tokens = Streamed::new(&run.tokenizer, text.as_bytes());
-    let mut lines = Lines::new("reading the text", "bytes").on_standard_error();
+    let mut work = Work::new("reading the text", "bytes").on_standard_error();
     // Only once there is something to score: a text that is too short is told by one line.
     let mut device_name = Some(device_name);
     let watch = |_: &Score| {
@@ -98,7 +98,7 @@ fn evaluate(args: &Args) -> Result<(), AnyError> {
             false => Ok(()),
         }
     };
-    let tell = |bytes: usize| lines.tell(bytes as u64, text.as_bytes().len() as u64);
+    let tell = |bytes: usize| work.tell(bytes as u64, text.as_bytes().len() as u64);
     let score = score(model, tokens.iter(tell), &config, &device, watch)?;
     let bytes = text.as_bytes().len() - tokens.first_bytes;
     let figures = Figures {

@@ -25,8 +25,8 @@ use emberlm::{
     },
 };
 use emberlm_examples::{
-    Course, Lines, MaskedAccuracy, ModelConfig, NeighbourTable, ObjectiveKind, Overrides, Preset,
-    RunConfig, Stop, TokenizerRecord, Vocabulary, Watched, announce_resume, check_writable,
+    Course, MaskedAccuracy, ModelConfig, NeighbourTable, ObjectiveKind, Overrides, Preset,
+    RunConfig, Stop, TokenizerRecord, Vocabulary, Watched, Work, announce_resume, check_writable,
     choose_device, complain, evaluate_unless_stopped, exit_with, fill_spans, final_figures,
     masked_accuracy, open_folder, prepare, say, say_figures, text_with_special_tokens, train,
 };
@@ -278,11 +278,11 @@ fn plan(args: &Args) -> Result<Plan, AnyError> {
                 // Before the training of the tokenizer, which may take minutes.
                 overrides.resolve(&Vocabulary::planned(vocab_size, objective)?)?;
             }
-            let mut lines = Lines::new("training the tokenizer", "bytes");
+            let mut work = Work::new("training the tokenizer", "bytes");
             let special = objective.special_tokens();
             let special: Vec<&str> = special.iter().map(String::as_str).collect();
             let tokenizer =
-                choice.resolve(&corpus, &special, |progress| lines.tell_bytes(progress))?;
+                choice.resolve(&corpus, &special, |progress| work.tell_bytes(progress))?;
             let vocabulary = Vocabulary::of(&tokenizer, objective)?;
             let sections = overrides.resolve(&vocabulary)?;
             let sources = sources
@@ -328,9 +328,9 @@ fn streams(
     if tokenizer.is_bytes() {
         return Ok([corpus.training().into(), corpus.held_out().into()]);
     }
-    let mut lines = Lines::new("tokenising", "bytes");
+    let mut work = Work::new("tokenising", "bytes");
     let (file, state) = TokenFile::cached(corpus, tokenizer, cache, |progress| {
-        lines.tell_bytes(progress);
+        work.tell_bytes(progress);
     })?;
     let path = file.path().display();
     if let CacheState::Rebuilt(damage) = state {
@@ -417,9 +417,9 @@ fn measure<N: Shown>(
     stop: &Stop,
 ) -> Result<Option<Measured>, TrainingError> {
     let loader = plan.whole_held_out(device);
-    let lines = Lines::new("reading the held-out text", "windows");
+    let work = Work::new("reading the held-out text", "windows");
     let model = &trainer.session.model;
-    let Some(loss) = evaluate_unless_stopped(model, &loader, lines, stop)? else {
+    let Some(loss) = evaluate_unless_stopped(model, &loader, work, stop)? else {
         return Ok(None);
     };
     match model.model.valid().accuracy(plan, device, stop) {
@@ -518,11 +518,11 @@ impl Shown for Encoder {
         };
         let table = NeighbourTable::count(plan.training.stream());
         let loader = plan.whole_held_out(device);
-        let mut lines = Lines::new("finding hidden tokens", "windows");
+        let mut work = Work::new("finding hidden tokens", "windows");
         let (mut done, total) = (0, loader.num_items() as u64);
         let watch = |rows| {
             done += rows as u64;
-            lines.tell(done, total);
+            work.tell(done, total);
             match stop.requested() {
                 true => Err(TrainingError::Stopped),
                 false => Ok(()),

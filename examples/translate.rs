@@ -25,10 +25,10 @@ use emberlm::{
     },
 };
 use emberlm_examples::{
-    Course, HoldOut, HoldOutKind, Lines, Nearest, Search, Sentences, Stop, TokenizerRecord,
-    TranslationConfig, TranslationOverrides, Translator, Watched, announce_resume, check_writable,
-    choose_device, complain, draw_attention, evaluate_unless_stopped, exit_with, export,
-    final_figures, from_checkpoint, open_folder, prepare, say, say_figures, serve, train,
+    Course, HoldOut, HoldOutKind, Nearest, Search, Sentences, Stop, TokenizerRecord,
+    TranslationConfig, TranslationOverrides, Translator, Watched, Work, announce_resume,
+    check_writable, choose_device, complain, draw_attention, evaluate_unless_stopped, exit_with,
+    export, final_figures, from_checkpoint, open_folder, prepare, say, say_figures, serve, train,
     write_json,
 };
 use serde::Serialize;
@@ -538,8 +538,8 @@ fn score(
     let all: Vec<usize> = (0..plan.held_out.len()).collect();
     let loss = |pairs: Arc<[TokenPair]>| {
         let loader = held_out_loader(plan, pairs, &all, device);
-        let lines = Lines::new("reading the held-out pairs", "pairs");
-        evaluate_unless_stopped(&trainer.session.model, &loader, lines, stop)
+        let work = Work::new("reading the held-out pairs", "pairs");
+        evaluate_unless_stopped(&trainer.session.model, &loader, work, stop)
     };
     let (Some(valid_loss), Some(shuffled_sources_loss)) = (
         loss(plan.held_out.clone())?,
@@ -605,10 +605,10 @@ fn search_score(
         .iter()
         .map(|pair| pair.source.clone())
         .collect();
-    let mut lines = Lines::new("translating the held-out pairs", "pairs");
+    let mut work = Work::new("translating the held-out pairs", "pairs");
     let begin = Instant::now();
     let found = translator.translate_all(&sources, search, |done| {
-        lines.tell(done as u64, sources.len() as u64);
+        work.tell(done as u64, sources.len() as u64);
         !stop.requested()
     })?;
     let Some(found) = found else {

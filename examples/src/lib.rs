@@ -5,7 +5,6 @@ mod comparison;
 mod device;
 mod exit;
 mod filling;
-mod lines;
 mod loaded_run;
 mod masked_accuracy;
 mod model_config;
@@ -22,13 +21,13 @@ mod training_run;
 mod translation_config;
 mod translator;
 mod twin;
+mod work;
 
 pub use attention_map::draw_attention;
 pub use comparison::{CompareArguments, CompareError, compare};
 pub use device::{DeviceError, choose_device};
 pub use exit::exit_with;
 pub use filling::{Completion, FillError, Sentence, fill_masked, fill_spans};
-pub use lines::Lines;
 pub use loaded_run::{LoadedRun, RunModel};
 pub use masked_accuracy::{MaskedAccuracy, NeighbourTable, masked_accuracy};
 pub use model_config::ModelConfig;
@@ -47,3 +46,4 @@ pub use training_run::{
 pub use translation_config::{HoldOut, HoldOutKind, TranslationConfig, TranslationOverrides};
 pub use translator::{Search, TranslationError, Translator};
 pub use twin::{export, serve};
+pub use work::Work;

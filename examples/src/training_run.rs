@@ -24,7 +24,7 @@ use emberlm::{
     },
 };
 
-use crate::{Lines, Stop, complain, keep_ctrl_c, plot, say};
+use crate::{Stop, Work, complain, keep_ctrl_c, plot, say};
 
 type AnyError = Box<dyn Error>;
 
@@ -225,7 +225,7 @@ fn message(payload: &(dyn Any + Send)) -> Option<&str> {
         .or_else(|| payload.downcast_ref::<String>().map(String::as_str))
 }
 
-/// The loss over all of a loader, whose progress `lines` tell; nothing if a signal came in between.
+/// The loss over all of a loader, whose progress `work` shows; nothing if a signal came in between.
 ///
 /// # Errors
 ///
@@ -233,14 +233,14 @@ fn message(payload: &(dyn Any + Send)) -> Option<&str> {
 pub fn evaluate_unless_stopped<N: Trainable>(
     model: &LanguageModel<N>,
     loader: &dyn DataLoader<TokenBatch>,
-    mut lines: Lines,
+    mut work: Work,
     stop: &Stop,
 ) -> Result<Option<f64>, TrainingError> {
     let total = loader.num_items() as u64;
     let mut done = 0;
     let result = evaluate(model, loader, |_, rows| {
         done += rows as u64;
-        lines.tell(done, total);
+        work.tell(done, total);
         if stop.requested() {
             return Err(TrainingError::Stopped);
         }
