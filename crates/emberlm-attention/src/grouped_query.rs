@@ -7,7 +7,8 @@ use burn::{
     tensor::{Device, Tensor},
 };
 use emberlm_core::{
-    Context, InvalidConfig, KvCache, Pattern, RotaryConfig, SequenceMixer, assert_valid,
+    CachePositions, Context, InvalidConfig, KvCache, Pattern, RingError, RotaryConfig,
+    SequenceMixer, assert_valid,
     operators::{project_all, rotate},
 };
 
@@ -47,6 +48,9 @@ pub struct GroupedQueryAttentionConfig {
     /// Which keys a query sees. Default: all.
     #[config(default = "Pattern::full()")]
     pub pattern: Pattern,
+    /// Patterns whose keys count once more, where a key may weigh more than once: a softmax over a multiset. Default: none.
+    #[config(default = "Vec::new()")]
+    pub repeats: Vec<Pattern>,
 }
 
 impl GroupedQueryAttentionConfig {
@@ -128,6 +132,7 @@ impl GroupedQueryAttentionConfig {
     fn scores(&self) -> Scores {
         Scores {
             pattern: self.pattern.clone(),
+            repeats: self.repeats.clone(),
             dropout: self.dropout,
             scale: self.scale,
             cap: self.cap,
@@ -194,9 +199,24 @@ impl GroupedQueryAttention {
     }
 
     /// A rotary embedding whose keys cannot be cached after their rotation.
-    fn rotary_by_length(&self) -> Option<&RotaryConfig> {
+    fn rotary_of_uncached(&self, cache: &KvCache) -> Option<&RotaryConfig> {
         let rotary = self.rotary.as_ref();
-        rotary.filter(|rotary| rotary.scaling.changes_with_length())
+        rotary.filter(|rotary| cache.counts_in_cache() || rotary.scaling.changes_with_length())
+    }
+
+    /// An empty cache whose memory is bounded by what later queries see.
+    ///
+    /// # Errors
+    ///
+    /// A pattern without a bound on the past; rotary frequencies that change with the length, where positions are
+    /// absolute.
+    pub fn new_ring_cache(&self, positions: CachePositions) -> Result<KvCache, RingError> {
+        let rotary = self.rotary.as_ref();
+        let changes = rotary.is_some_and(|rotary| rotary.scaling.changes_with_length());
+        if changes && positions == CachePositions::Absolute {
+            return Err(RingError::ChangesWithLength);
+        }
+        self.scores.new_ring_cache(positions)
     }
 }
 
@@ -213,18 +233,20 @@ impl SequenceMixer for GroupedQueryAttention {
     fn forward_cached(&self, x: Tensor<3>, context: &Context, cache: &mut KvCache) -> Tensor<3> {
         let first_position = context.lengths.first_position;
         let [query, key, value] = self.heads(x);
-        let heads = if let Some(rotary) = self.rotary_by_length() {
+        let heads = if let Some(rotary) = self.rotary_of_uncached(cache) {
             let (key, value) = cache.append(key, value);
-            let [.., seq_length, _] = key.dims();
-            let [query] = rotate([query], &rotary.rotation(first_position, seq_length));
-            let [key] = rotate([key], &rotary.rotation(0, seq_length));
+            let n_slots = cache.slots().n_slots();
+            let first_slot = first_position - cache.slots().gap();
+            let [query] = rotate([query], &rotary.rotation(first_slot, n_slots));
+            let [key] = rotate([key], &rotary.rotation(0, n_slots));
             [query, key, value]
         } else {
             let [query, key] = self.turn([query, key], first_position);
             let (key, value) = cache.append(key, value);
             [query, key, value]
         };
-        self.scores.attend(heads, &self.output, context)
+        self.scores
+            .attend_cached(heads, &self.output, context, cache)
     }
 
     fn new_cache(&self, capacity: usize) -> KvCache {

@@ -1,14 +1,22 @@
 //! What the attention modules share: splitting a width into heads, attending, and joining the heads again.
 
-use burn::{nn::Linear, tensor::Tensor};
-use emberlm_core::{Context, InvalidConfig, Pattern, operators::project};
+use burn::{
+    nn::Linear,
+    tensor::{DType, Device, Tensor, TensorData},
+};
+use emberlm_core::{
+    CachePositions, CacheSlots, Context, InvalidConfig, KvCache, Pattern, RingError,
+    operators::project,
+};
 
-use crate::{AttendOptions, ScoreCap, attend};
+use crate::{AttendOptions, ScoreCap, attend, attend_all};
 
 /// What a module's config says of its scores.
 #[derive(Debug, Clone)]
 pub(crate) struct Scores {
     pub(crate) pattern: Pattern,
+    /// Each counts the keys that it allows once more.
+    pub(crate) repeats: Vec<Pattern>,
     pub(crate) dropout: f64,
     pub(crate) scale: Option<f64>,
     pub(crate) cap: ScoreCap,
@@ -17,12 +25,11 @@ pub(crate) struct Scores {
 
 impl Scores {
     pub(crate) fn validate(&self, n_heads: usize) -> Result<(), InvalidConfig> {
-        self.pattern
-            .validate()
-            .map_err(|source| InvalidConfig::Pattern {
-                field: "pattern",
-                source,
-            })?;
+        let of_field = |field| move |source| InvalidConfig::Pattern { field, source };
+        self.pattern.validate().map_err(of_field("pattern"))?;
+        for pattern in &self.repeats {
+            pattern.validate().map_err(of_field("repeats"))?;
+        }
         self.cap.validate()?;
         self.validate_alibi(n_heads)?;
         let scale = self.scale.unwrap_or(1.0);
@@ -70,6 +77,47 @@ impl Scores {
         project(output, merge_heads(self.attend_heads(heads, context)))
     }
 
+    /// Scores and context as the slots of a cache have them, once it has forgotten positions.
+    pub(crate) fn in_slots(&self, context: &Context, cache: &KvCache) -> (Self, Context) {
+        let slots = cache.slots();
+        if slots.gap() == 0 {
+            return (self.clone(), context.clone());
+        }
+        let moved = |pattern: &Pattern| pattern.in_slots(slots);
+        let scores = Self {
+            pattern: moved(&self.pattern),
+            repeats: self.repeats.iter().map(moved).collect(),
+            ..self.clone()
+        };
+        (scores, context.in_slots(slots))
+    }
+
+    /// [`attend`](Self::attend), where the keys and values are all that a cache holds.
+    pub(crate) fn attend_cached(
+        &self,
+        heads: [Tensor<4>; 3],
+        output: &Linear,
+        context: &Context,
+        cache: &KvCache,
+    ) -> Tensor<3> {
+        let (scores, mut context) = self.in_slots(context, cache);
+        if let (Some(slopes), false) = (&self.alibi, cache.counts_in_cache()) {
+            let [query, ..] = &heads;
+            let (dtype, device) = (query.dtype(), query.device());
+            let n_queries = context.lengths.query_length;
+            if let Some(bias) = alibi_of_gap(slopes, cache.slots(), n_queries, dtype, &device) {
+                context = context.with_bias(Some(bias));
+            }
+        }
+        scores.attend(heads, output, &context)
+    }
+
+    /// An empty cache of bounded memory.
+    pub(crate) fn new_ring_cache(&self, positions: CachePositions) -> Result<KvCache, RingError> {
+        let all = [&[self.pattern.clone()], &self.repeats[..]].concat();
+        KvCache::ring(&Pattern::Or(all), positions)
+    }
+
     /// The weights of the keys, `[batch_size, n_heads, query_length, key_length]`: what attention makes of values that
     /// are the rows of the identity.
     ///
@@ -83,9 +131,18 @@ impl Scores {
         self.attend_heads([query, key, value], context)
     }
 
-    fn attend_heads(&self, [query, key, value]: [Tensor<4>; 3], context: &Context) -> Tensor<4> {
+    /// Attends with every head.
+    ///
+    /// # Panics
+    ///
+    /// As [`attend`](Self::attend).
+    pub(crate) fn attend_heads(
+        &self,
+        [query, key, value]: [Tensor<4>; 3],
+        context: &Context,
+    ) -> Tensor<4> {
         let [_, n_heads, ..] = query.dims();
-        let schedule = match context.schedule(&self.pattern, n_heads) {
+        let schedule = |pattern| match context.schedule(pattern, n_heads) {
             Ok(schedule) => schedule,
             Err(error) => panic!("pattern: {error}"),
         };
@@ -98,8 +155,40 @@ impl Scores {
             dropout_key: context.dropout_key,
             ..AttendOptions::default()
         };
-        attend(query, key, value, &schedule, &options)
+        let first = schedule(&self.pattern);
+        if self.repeats.is_empty() {
+            return attend(query, key, value, &first, &options);
+        }
+        let repeats = self.repeats.iter().map(schedule);
+        let schedules: Vec<_> = std::iter::once(first).chain(repeats).collect();
+        attend_all([query, key, value], &schedules, &options)
     }
+}
+
+/// What ALiBi takes from the scores of the positions that were kept before a gap, beyond what their slots say:
+/// `[1, n_heads, query_length, n_slots]`. Nothing if none were kept.
+fn alibi_of_gap(
+    slopes: &[f64],
+    slots: &CacheSlots,
+    query_length: usize,
+    dtype: DType,
+    device: &Device,
+) -> Option<Tensor<4>> {
+    let n_slots = slots.n_slots();
+    if slots.kept().is_empty() {
+        return None;
+    }
+    let mut bias = Vec::with_capacity(slopes.len() * n_slots);
+    for slope in slopes {
+        // A kept position is in the slot of its place among them.
+        let nearer = |(slot, position): (usize, &usize)| (slots.gap() + slot - position) as f64;
+        let of_kept = slots.kept().iter().enumerate().map(nearer);
+        bias.extend(of_kept.map(|distance| -slope * distance));
+        bias.resize(bias.len().next_multiple_of(n_slots), 0.0);
+    }
+    let shape = [1, slopes.len(), 1, n_slots];
+    let bias = Tensor::<4>::from_data(TensorData::new(bias, shape), (device, dtype));
+    Some(bias.expand([1, slopes.len(), query_length, n_slots]))
 }
 
 /// `[batch_size, seq_length, n_heads * d_head]` to `[batch_size, n_heads, seq_length, d_head]`.
@@ -110,8 +199,16 @@ pub(crate) fn split_heads(x: Tensor<3>, n_heads: usize) -> Tensor<4> {
 }
 
 /// `[batch_size, n_heads, seq_length, d_head]` to `[batch_size, seq_length, n_heads * d_head]`.
-fn merge_heads(x: Tensor<4>) -> Tensor<3> {
+pub(crate) fn merge_heads(x: Tensor<4>) -> Tensor<3> {
     let [batch_size, n_heads, seq_length, d_head] = x.dims();
     x.swap_dims(1, 2)
         .reshape([batch_size, seq_length, n_heads * d_head])
+}
+
+/// One pattern where all heads have the same.
+pub(crate) fn by_head(all: Vec<Pattern>) -> Pattern {
+    match all.split_first() {
+        Some((first, rest)) if rest.iter().all(|other| other == first) => first.clone(),
+        _ => Pattern::per_head(all),
+    }
 }

@@ -7,7 +7,8 @@ use burn::{
     tensor::{Device, Tensor},
 };
 use emberlm_core::{
-    Context, CrossMixer, InvalidConfig, KvCache, Pattern, SequenceMixer, assert_valid,
+    CachePositions, Context, CrossMixer, InvalidConfig, KvCache, Pattern, RingError, SequenceMixer,
+    assert_valid,
     operators::{project, project_all},
     select_rows,
 };
@@ -93,6 +94,7 @@ impl MultiHeadAttentionConfig {
     fn scores(&self) -> Scores {
         Scores {
             pattern: self.pattern.clone(),
+            repeats: Vec::new(),
             dropout: self.dropout,
             scale: self.scale,
             cap: self.cap,
@@ -183,6 +185,15 @@ impl MultiHeadAttention {
     fn attend(&self, heads: [Tensor<4>; 3], context: &Context) -> Tensor<3> {
         self.scores.attend(heads, &self.output, context)
     }
+
+    /// An empty cache whose memory is bounded by what later queries see.
+    ///
+    /// # Errors
+    ///
+    /// A pattern without a bound on the past.
+    pub fn new_ring_cache(&self, positions: CachePositions) -> Result<KvCache, RingError> {
+        self.scores.new_ring_cache(positions)
+    }
 }
 
 impl CrossMixer for MultiHeadAttention {
@@ -218,7 +229,8 @@ impl SequenceMixer for MultiHeadAttention {
     fn forward_cached(&self, x: Tensor<3>, context: &Context, cache: &mut KvCache) -> Tensor<3> {
         let [query, key, value] = self.heads(x);
         let (key, value) = cache.append(key, value);
-        self.attend([query, key, value], context)
+        self.scores
+            .attend_cached([query, key, value], &self.output, context, cache)
     }
 
     fn new_cache(&self, capacity: usize) -> KvCache {

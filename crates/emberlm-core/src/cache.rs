@@ -1,6 +1,9 @@
-//! What generation asks of a cache, and the dense key/value cache of incremental decoding.
+//! What generation asks of a cache, and the key/value cache of incremental decoding, dense or bounded.
 
 use burn::tensor::{Tensor, TensorData, s};
+use thiserror::Error;
+
+use crate::{CacheSlots, Horizon, Pattern};
 
 /// The state of a batch of texts in a [`CachedModel`](crate::CachedModel).
 pub trait DecodingCache {
@@ -13,6 +16,10 @@ pub trait DecodingCache {
     }
 
     /// Forgets all but the first `len` positions; does nothing if there are fewer.
+    ///
+    /// # Panics
+    ///
+    /// If a cache of bounded memory has forgotten what stood before.
     fn truncate(&mut self, len: usize);
 
     /// Number of rows, where that is settled: by the first pass, by padding, or by a source.
@@ -36,82 +43,227 @@ pub trait DecodingCache {
     fn set_padding(&mut self, padding: &[usize]);
 }
 
-/// Keys and values of all positions so far, in storage that is allocated once, at the first append.
+/// What a position is where a cache has forgotten some that came before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CachePositions {
+    /// Its place in the sequence: decoding gives what a pass over the whole gives.
+    Absolute,
+    /// Its place in the cache, as StreamingLLM counts (Xiao et al. 2023, <https://arxiv.org/abs/2309.17453>, section
+    /// 3.2): no distance is longer than the cache, so that a model can go on far beyond the lengths it was trained on.
+    InCache,
+}
+
+/// A layer or a model that cannot do with a cache of bounded memory.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum RingError {
+    /// A pattern without a bound on the past.
+    #[error(
+        "the pattern {pattern} may look back to any position: a ring cache needs a window, with sinks or global positions at most"
+    )]
+    Unbounded {
+        /// The pattern.
+        pattern: String,
+    },
+    /// Rotary frequencies that change all keys as the sequence grows.
+    #[error(
+        "rotary frequencies that change with the length need a dense cache, or positions that are counted in the cache"
+    )]
+    ChangesWithLength,
+    /// A table of positions, which ends.
+    #[error(
+        "the model has {max_seq_length} learned positions, which a text without end runs past: rotary positions or ALiBi are needed"
+    )]
+    LearnedPositions {
+        /// Rows of the table.
+        max_seq_length: usize,
+    },
+    /// A bias of the scores that the stack makes.
+    #[error("a relative bias needs a dense cache: use rotary positions or ALiBi")]
+    RelativeBias,
+}
+
+/// Keys and values of the positions so far.
+///
+/// A dense cache holds all of them, in storage that is allocated once, at the first append. A ring forgets what its
+/// [`Horizon`] allows: its memory stays bounded, however long the sequence becomes.
 ///
 /// ```
 /// use burn::tensor::{Device, Tensor};
-/// use emberlm_core::KvCache;
+/// use emberlm_core::{CachePositions, KvCache, Pattern};
 ///
 /// let device = Device::flex();
 /// let mut cache = KvCache::new(8);
 /// let new = Tensor::ones([1, 2, 3, 4], &device); // batch, kv heads, length, d_head
-/// let (keys, _) = cache.append(new.clone(), new);
+/// let (keys, _) = cache.append(new.clone(), new.clone());
 /// assert_eq!(keys.dims(), [1, 2, 3, 4]);
 /// cache.truncate(1);
 /// assert_eq!(cache.len(), 1);
+///
+/// let pattern: Pattern = "causal & (window:4:0 | sinks:1)".parse()?;
+/// let mut ring = KvCache::ring(&pattern, CachePositions::Absolute)?;
+/// for _ in 0..1000 {
+///     ring.append(new.clone(), new.clone());
+/// }
+/// assert_eq!(ring.len(), 3000);
+/// assert!(ring.slots().n_slots() < 200);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Debug)]
 pub struct KvCache {
     keys: Storage,
     values: Storage,
+    /// Slots that are allocated.
     capacity: usize,
-    len: usize,
+    slots: CacheSlots,
+    ring: Option<Ring>,
+}
+
+#[derive(Clone, Debug)]
+struct Ring {
+    horizon: Horizon,
+    positions: CachePositions,
+}
+
+/// Slots that a ring of absolute positions has beyond those it needs, at least: it is tidied once in so many steps.
+const ROOM: usize = 64;
+
+impl Ring {
+    /// What may be forgotten before the next position.
+    fn forget(&self, slots: &CacheSlots) -> CacheSlots {
+        let Horizon {
+            back,
+            first,
+            positions,
+            from,
+            alignment,
+        } = &self.horizon;
+        if slots.len() < *from {
+            return slots.clone();
+        }
+        let start = slots.len().saturating_sub(*back);
+        slots.forget(start, *alignment, |position| {
+            position < *first || positions.binary_search(&position).is_ok()
+        })
+    }
 }
 
 impl KvCache {
     /// An empty cache for `capacity` positions.
     pub fn new(capacity: usize) -> Self {
+        Self::empty(capacity, None)
+    }
+
+    /// An empty cache that keeps what later queries of a pattern see, for sequences of any length.
+    ///
+    /// # Errors
+    ///
+    /// [`RingError::Unbounded`] where the pattern has no [horizon](Pattern::horizon).
+    ///
+    /// # Panics
+    ///
+    /// On a pattern that [`Pattern::validate`] rejects.
+    pub fn ring(pattern: &Pattern, positions: CachePositions) -> Result<Self, RingError> {
+        let horizon = pattern.horizon().ok_or_else(|| RingError::Unbounded {
+            pattern: pattern.to_string(),
+        })?;
+        Ok(Self::empty(0, Some(Ring { horizon, positions })))
+    }
+
+    fn empty(capacity: usize, ring: Option<Ring>) -> Self {
         Self {
             keys: Storage(None),
             values: Storage(None),
             capacity,
-            len: 0,
+            slots: CacheSlots::default(),
+            ring,
         }
     }
 
-    /// Adds the keys and values of the next positions and returns those of all positions so far.
+    /// Adds the keys and values of the next positions and returns those of all positions that are held, in the order of
+    /// their [`slots`](Self::slots).
     ///
     /// # Shapes
     ///
     /// - `key`, `value`: `[batch_size, n_kv_heads, length, d_head]`
-    /// - output: twice `[batch_size, n_kv_heads, len() + length, d_head]`
+    /// - output: twice `[batch_size, n_kv_heads, slots().n_slots(), d_head]`
     ///
     /// # Panics
     ///
-    /// If the capacity is exceeded.
+    /// If the capacity of a dense cache is exceeded.
     pub fn append(&mut self, key: Tensor<4>, value: Tensor<4>) -> (Tensor<4>, Tensor<4>) {
         let length = key.dims()[2];
-        let start = self.len;
-        assert!(
-            start + length <= self.capacity,
-            "cache length: {start} + {length} positions exceed the capacity of {}",
-            self.capacity
-        );
-        self.len += length;
+        let start = self.slots.n_slots();
+        if start + length > self.capacity || self.counts_in_cache() {
+            self.make_room(length);
+        }
+        let start = self.slots.n_slots();
+        self.slots.grow(length);
         (
             self.keys.write(key, start, self.capacity),
             self.values.write(value, start, self.capacity),
         )
     }
 
-    /// Number of positions held.
+    /// Forgets what may be forgotten, and allocates slots for `length` more positions.
+    fn make_room(&mut self, length: usize) {
+        let Some(ring) = &self.ring else {
+            panic!(
+                "cache length: {} + {length} positions exceed the capacity of {}",
+                self.len(),
+                self.capacity
+            );
+        };
+        let slots = ring.forget(&self.slots);
+        let keep: Vec<usize> = (slots.kept().iter().copied())
+            .chain(slots.start()..slots.len())
+            .filter_map(|position| self.slots.of(position))
+            .collect();
+        // Where slots are positions, no step may find one that is to be forgotten. Elsewhere there is room for as many
+        // again as a query sees: the copy then costs a step no more than its attention.
+        let room = match ring.positions {
+            CachePositions::InCache => 0,
+            CachePositions::Absolute => slots.n_slots().max(ROOM),
+        };
+        self.capacity = slots.n_slots() + length.max(room);
+        self.keys.keep(&keep, self.capacity);
+        self.values.keep(&keep, self.capacity);
+        self.slots = slots;
+    }
+
+    /// Number of positions so far, those that were forgotten included.
     pub fn len(&self) -> usize {
-        self.len
+        self.slots.len()
     }
 
-    /// Whether nothing is held yet.
+    /// Whether there is no position yet.
     pub fn is_empty(&self) -> bool {
-        self.len == 0
+        self.slots.is_empty()
     }
 
-    /// Number of positions that fit.
+    /// The positions that are held.
+    pub fn slots(&self) -> &CacheSlots {
+        &self.slots
+    }
+
+    /// Number of slots that are allocated, or will be at the first append.
     pub fn capacity(&self) -> usize {
         self.capacity
     }
 
+    /// Whether positions count within the cache.
+    pub fn counts_in_cache(&self) -> bool {
+        let ring = self.ring.as_ref();
+        ring.is_some_and(|ring| ring.positions == CachePositions::InCache)
+    }
+
     /// Forgets all but the first `len` positions; does nothing if there are fewer.
+    ///
+    /// # Panics
+    ///
+    /// If a ring would go back to where it has forgotten.
     pub fn truncate(&mut self, len: usize) {
-        self.len = self.len.min(len);
+        self.slots.truncate(len);
     }
 
     /// Number of rows: those of the first append, then of the last [`select`](Self::select).
@@ -169,6 +321,24 @@ impl Storage {
         let all = all.slice_assign(s![.., .., start..start + length, ..], new);
         self.0 = Some(all.clone());
         all.slice(s![.., .., 0..start + length, ..])
+    }
+
+    /// New storage, with what is in these slots.
+    fn keep(&mut self, slots: &[usize], capacity: usize) {
+        let Some(all) = self.0.take() else {
+            return;
+        };
+        let [batch_size, n_heads, _, d_head] = all.dims();
+        let shape = [batch_size, n_heads, capacity, d_head];
+        let new = Tensor::zeros(shape, (&all.device(), all.dtype()));
+        let n_kept = slots.len();
+        let slots: Vec<i64> = slots.iter().map(|slot| *slot as i64).collect();
+        let slots = Tensor::from_data(TensorData::new(slots, [n_kept]), &all.device());
+        let kept = all.select(2, slots);
+        self.0 = Some(match n_kept {
+            0 => new,
+            n_kept => new.slice_assign(s![.., .., 0..n_kept, ..], kept),
+        });
     }
 
     fn select(&mut self, rows: &[usize]) {

@@ -1,10 +1,15 @@
 //! What a layer is told besides its input.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::{
+    ops::Range,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 
-use crate::{BatchData, BlockSizes, Lengths, Pattern, PatternError, RandomKey, Schedule};
+use crate::{
+    BatchData, BlockSizes, CacheSlots, Global, Lengths, Pattern, PatternError, RandomKey, Schedule,
+};
 
 /// What the stack tells every layer: how long the sequences are and where they begin, what the batch brings (padding,
 /// documents, global tokens), the random key of this step, and a bias of the scores. New kinds of information become
@@ -97,6 +102,66 @@ impl Context {
         });
         let positions = TensorData::new(positions.collect::<Vec<_>>(), shape);
         Some(Tensor::from_data(positions, device))
+    }
+
+    /// The context as the slots of a cache have it, where that has forgotten positions: queries and keys are numbered by
+    /// their slots. [`Pattern::in_slots`] gives the pattern.
+    ///
+    /// # Panics
+    ///
+    /// If the batch has documents or the scores a bias, which belong to positions that may be gone.
+    pub fn in_slots(&self, slots: &CacheSlots) -> Self {
+        if slots.gap() == 0 {
+            return self.clone();
+        }
+        assert!(
+            !self.data.has_documents() && self.bias.is_none(),
+            "cache: documents and biases need one that forgets nothing"
+        );
+        let mut context = self.clone();
+        context.lengths.key_length = slots.n_slots();
+        context.lengths.first_position -= slots.gap();
+        match &self.left_padding {
+            Some(padding) => {
+                let there = padding.iter().map(|n| n.saturating_sub(slots.gap()));
+                context.with_left_padding(&there.collect::<Vec<_>>())
+            }
+            None => context,
+        }
+    }
+
+    /// Which of the queries stand at global positions, rising, counted from the first query: one list for all batch rows,
+    /// or one for each where the batch decides.
+    ///
+    /// # Errors
+    ///
+    /// If the batch decides, and brings no global positions.
+    pub fn global_queries(&self, global: &Global) -> Result<Vec<Vec<usize>>, PatternError> {
+        let first = self.lengths.first_position;
+        let queries = first..self.lengths.query_end();
+        let of = |range: Range<usize>| {
+            let start = range.start.max(queries.start);
+            let end = range.end.min(queries.end).max(start);
+            (start - first..end - first).collect()
+        };
+        let among = |positions: &[usize]| {
+            let there = positions
+                .iter()
+                .filter(|position| queries.contains(position));
+            there.map(|position| position - first).collect()
+        };
+        Ok(match global {
+            Global::Positions(positions) => vec![among(positions)],
+            Global::First(n) => vec![of(0..*n)],
+            Global::Last(n) => {
+                vec![of(self.lengths.key_length.saturating_sub(*n)..usize::MAX)]
+            }
+            Global::Batch => {
+                self.data.require_globals()?;
+                let rows = 0..self.lengths.batch_size;
+                rows.map(|row| among(self.data.globals(row))).collect()
+            }
+        })
     }
 
     /// Turns dropout on, drawn from `key`.

@@ -30,7 +30,7 @@ mod text_stream;
 pub use activation::Activation;
 pub use batch::{IGNORED_TARGET, Source, TokenBatch};
 pub use block::{CrossInput, NormPlacement, ResidualBlock, ResidualBlockConfig, ResidualStream};
-pub use cache::{DecodingCache, KvCache, select_rows};
+pub use cache::{CachePositions, DecodingCache, KvCache, RingError, select_rows};
 pub use context::Context;
 pub use dropout::dropout;
 pub use error::{InvalidConfig, assert_valid};
@@ -48,8 +48,8 @@ pub use mixer::{CrossMixer, FeedForward, NoCross, SequenceMixer};
 pub use model::{CachedModel, CausalModel, LossModel};
 pub use norm::{LayerNorm, Norm, NormConfig, RmsNorm};
 pub use pattern::{
-    At, BatchData, Blockwise, Dilated, Fixed, Global, Lengths, ParsePatternError, Pattern,
-    PatternError, Picture, RandomBlocks, Reach, Strided, Window,
+    At, BatchData, BlockPlan, Blockwise, CacheSlots, Dilated, Fixed, Global, Horizon, Lengths,
+    ParsePatternError, Pattern, PatternError, Picture, RandomBlocks, Reach, Strided, Window,
 };
 pub use positions::{
     LearnedPositions, LearnedPositionsConfig, LongRopeScaling, RelativeBias, RelativeBiasConfig,

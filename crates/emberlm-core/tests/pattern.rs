@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 
 use emberlm_core::{
-    At, BatchData, Blockwise, Fixed, Global, Lengths, ParsePatternError, Pattern, PatternError,
-    Picture, RandomBlocks, Strided, Window,
+    At, BatchData, BlockPlan, Blockwise, Fixed, Global, Lengths, ParsePatternError, Pattern,
+    PatternError, Picture, RandomBlocks, Strided, Window,
 };
 
 /// The keys that a query sees.
@@ -142,6 +142,12 @@ fn the_other_patterns() {
     assert_eq!(seen("global:..2", 2), [0, 1].into());
     // A query that stands where there is no key can be global as well.
     assert_eq!(seen("global:20", 20), (0..12).collect());
+    assert_eq!(seen("global-keys:2,5", 5), [2, 5].into());
+    assert_eq!(seen("global:-2", 5), [10, 11].into());
+    assert_eq!(seen("global-queries:2,5", 5), (0..12).collect());
+    assert_eq!(seen("global-queries:2,5", 6), [].into());
+    assert_eq!(seen("blocks:4:1/0,2", 4), (0..4).chain(8..12).collect());
+    assert_eq!(seen("blocks:4:1/0,2", 8), [].into());
     let heads = parse("heads(causal, full)");
     let at = |head| At {
         batch: 0,
@@ -274,6 +280,17 @@ fn words_are_those_of_the_constructors() {
         ),
         (Pattern::global([]), "global:none"),
         (Pattern::global_first(7), "global:..7"),
+        (Pattern::GlobalKeys(Global::First(7)), "global-keys:..7"),
+        (Pattern::Global(Global::Last(7)), "global:-7"),
+        (
+            Pattern::GlobalQueries(Global::Positions(vec![1, 5])),
+            "global-queries:1,5",
+        ),
+        (
+            Pattern::blocks(BlockPlan::new(4, vec![vec![], vec![0, 2], vec![]])),
+            "blocks:4:/0,2",
+        ),
+        (Pattern::blocks(BlockPlan::new(4, vec![])), "blocks:4:"),
     ];
     for (pattern, words) in cases {
         assert_eq!(pattern.to_string(), words);
@@ -314,6 +331,12 @@ fn wrong_words_are_named() {
         ("sinks:", "\"\" in \"sinks:\" is no number"),
         ("sinks:99999999999999999999", "\"99999999999999999999\" in"),
         ("global:1:x", "\"1:x\" in \"global:1:x\" is no number"),
+        (
+            "blocks",
+            "\"blocks\" must have the form blocks:BLOCK:KEY_BLOCK",
+        ),
+        ("blocks:4:1,0", "\"blocks:4:1,0\": blocks.rows must rise"),
+        ("blocks:0:1", "\"blocks:0:1\": blocks.block must be"),
         ("global:1,x", "\",x\" at character 8 does not belong there"),
         (
             "strided:0",
@@ -563,7 +586,7 @@ fn pictures() {
     assert!(picture.is_visible(0, 3) && !picture.is_visible(0, 0));
     assert_eq!(heads.to_text(2, 2).unwrap(), "#.\n##\n");
     assert_eq!(Pattern::full().to_text(0, 3).unwrap(), "");
-    assert_eq!(Global::First(2).to_string(), "global:..2");
+    assert_eq!(Global::First(2).to_string(), "..2");
 }
 
 #[test]

@@ -1,8 +1,8 @@
 //! Schedules against the definition of their patterns: every pair once, by rows and by columns.
 
 use emberlm_core::{
-    At, BatchData, BlockRows, BlockSizes, Blockwise, Fixed, Layout, Lengths, Pattern, RandomBlocks,
-    Reach, Schedule, Span, Strided, Window,
+    At, BatchData, BlockPlan, BlockRows, BlockSizes, Blockwise, Fixed, Global, Layout, Lengths,
+    Pattern, RandomBlocks, Reach, Schedule, Span, Strided, Window,
 };
 use proptest::prelude::*;
 
@@ -228,6 +228,15 @@ fn patterns() -> Vec<Pattern> {
         global:0
         global:..5
         window:4 | global:..3
+        global-queries:..9
+        global-queries:-70
+        window:2 | global:-3
+        window:3 | global-keys:..9
+        causal & (window:3 | global-keys:0 | global-queries:0)
+        blocks:16:1,2//0/0,1,2,3
+        window:2 | blocks:1:3/2/1
+        blocks:100:0,1
+        !blocks:7:0/1/2
         causal & !strided-column:5
         !(strided:6 | window:9)
         !dilated:3:2 & blockwise:40
@@ -377,6 +386,8 @@ fn batch_rows_and_heads_of_their_own() {
         "window:5 | global:batch",
         "causal & (window:5 | global:batch)",
         "!global:batch & documents",
+        "global-keys:batch | window:2",
+        "causal & global-queries:batch",
         "heads(causal, strided-column:8, fixed:16:2)",
         "causal & heads(window:3, documents, window:3)",
         "heads(fixed-summary:16:2, fixed-summary:16:2:1, fixed-summary:16:2:2)",
@@ -449,6 +460,9 @@ fn any_simple() -> impl Strategy<Value = Pattern> {
         },
     );
     let globals = prop::collection::btree_set(0_usize..200, 0..8);
+    let row = prop::collection::btree_set(0_usize..9, 0..4);
+    let row = row.prop_map(|row| row.into_iter().collect());
+    let plan = prop::collection::vec(row, 0..9);
     prop_oneof![
         Just(Pattern::full()),
         Just(Pattern::causal()),
@@ -462,7 +476,14 @@ fn any_simple() -> impl Strategy<Value = Pattern> {
             let blockwise = Blockwise::new(block).with_look_back(back);
             Pattern::blockwise(blockwise.with_look_ahead(ahead))
         }),
-        globals.prop_map(|set| Pattern::global(set.into_iter().collect::<Vec<_>>())),
+        globals
+            .clone()
+            .prop_map(|set| Pattern::global(set.into_iter().collect::<Vec<_>>())),
+        globals.prop_map(|set| Pattern::GlobalKeys(Global::Positions(set.into_iter().collect()))),
+        n.clone()
+            .prop_map(|n| Pattern::GlobalQueries(Global::First(n))),
+        Just(Pattern::GlobalKeys(Global::Batch)),
+        (1_usize..40, plan).prop_map(|(block, rows)| Pattern::blocks(BlockPlan::new(block, rows))),
         n.clone().prop_map(Pattern::global_first),
         random.prop_map(Pattern::random),
         n.clone().prop_map(Pattern::prefix),

@@ -8,6 +8,7 @@
 //!
 //! All three give the same outputs and gradients; [`attend`] takes the fastest that the tensors' device has.
 
+mod merged;
 mod options;
 mod portable;
 mod reference;
@@ -22,6 +23,7 @@ use burn::tensor::{Bool, Device, Tensor, TensorData};
 use emberlm_core::{BlockSizes, Schedule, Span};
 
 pub use emberlm_core::operators::Implementation;
+pub use merged::attend_all;
 pub use options::{AttendOptions, ScoreCap};
 
 /// The fastest that takes this schedule: the kernels know blocks of 64 queries and keys alone.

@@ -165,7 +165,7 @@ impl BatchData {
     }
 
     /// Checks that there are global positions.
-    pub(super) fn require_globals(&self) -> Result<(), PatternError> {
+    pub(crate) fn require_globals(&self) -> Result<(), PatternError> {
         match self.globals {
             Some(_) => Ok(()),
             None => Err(PatternError::MissingData {

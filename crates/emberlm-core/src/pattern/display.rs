@@ -2,7 +2,9 @@
 
 use std::fmt::{self, Display, Formatter, Write};
 
-use super::{Blockwise, Dilated, Fixed, Global, Pattern, RandomBlocks, Reach, Strided, Window};
+use super::{
+    BlockPlan, Blockwise, Dilated, Fixed, Global, Pattern, RandomBlocks, Reach, Strided, Window,
+};
 
 /// The words that [`Pattern`]'s `FromStr` reads, so that a printed pattern can be given to a program.
 impl Display for Pattern {
@@ -22,8 +24,11 @@ impl Display for Pattern {
             Self::Strided(strided) => strided.fmt(f),
             Self::Fixed(fixed) => fixed.fmt(f),
             Self::Blockwise(blockwise) => blockwise.fmt(f),
-            Self::Global(global) => global.fmt(f),
+            Self::Global(global) => write!(f, "global:{global}"),
+            Self::GlobalQueries(global) => write!(f, "global-queries:{global}"),
+            Self::GlobalKeys(global) => write!(f, "global-keys:{global}"),
             Self::Random(random) => random.fmt(f),
+            Self::Blocks(plan) => plan.fmt(f),
             Self::Prefix(n) => write!(f, "prefix:{n}"),
             Self::Documents => f.write_str("documents"),
             Self::Sinks(n) => write!(f, "sinks:{n}"),
@@ -124,21 +129,37 @@ impl Display for Blockwise {
 }
 
 impl Display for Global {
+    /// What follows the colon: positions, `none`, `..n` or `batch`.
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        f.write_str("global:")?;
         match self {
             Self::Positions(positions) if positions.is_empty() => f.write_str("none"),
-            Self::Positions(positions) => {
-                for (i, position) in positions.iter().enumerate() {
-                    let separator = if i == 0 { "" } else { "," };
-                    write!(f, "{separator}{position}")?;
-                }
-                Ok(())
-            }
+            Self::Positions(positions) => with_commas(f, positions),
             Self::First(n) => write!(f, "..{n}"),
+            Self::Last(n) => write!(f, "-{n}"),
             Self::Batch => f.write_str("batch"),
         }
     }
+}
+
+impl Display for BlockPlan {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        write!(f, "blocks:{}:", self.block)?;
+        for (i, row) in self.rows.iter().enumerate() {
+            if i > 0 {
+                f.write_char('/')?;
+            }
+            with_commas(f, row)?;
+        }
+        Ok(())
+    }
+}
+
+fn with_commas(f: &mut Formatter<'_>, numbers: &[usize]) -> fmt::Result {
+    for (i, number) in numbers.iter().enumerate() {
+        let separator = if i == 0 { "" } else { "," };
+        write!(f, "{separator}{number}")?;
+    }
+    Ok(())
 }
 
 impl Display for RandomBlocks {

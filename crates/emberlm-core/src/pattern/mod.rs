@@ -1,15 +1,18 @@
 //! Which keys each query may see, as a small expression: the algebra of sparse attention patterns.
 
 mod batch_data;
+mod block_plan;
 mod blockwise;
 mod display;
 mod error;
 mod fixed;
 mod global;
+mod horizon;
 mod lengths;
 mod parse;
 mod picture;
 mod random_blocks;
+mod slots;
 mod strided;
 mod window;
 
@@ -18,14 +21,17 @@ use std::ops::{BitAnd, BitOr, Not};
 use serde::{Deserialize, Serialize};
 
 pub use batch_data::BatchData;
+pub use block_plan::BlockPlan;
 pub use blockwise::Blockwise;
 pub use error::PatternError;
 pub use fixed::Fixed;
 pub use global::Global;
+pub use horizon::Horizon;
 pub use lengths::Lengths;
 pub use parse::ParsePatternError;
 pub use picture::Picture;
 pub use random_blocks::{RandomBlocks, Reach};
+pub use slots::CacheSlots;
 pub use strided::Strided;
 pub use window::{Dilated, Window};
 
@@ -42,8 +48,9 @@ pub use window::{Dilated, Window};
 /// | `Causal` | `j <= i` |
 /// | `Window`, `Dilated` | see [`Window`], [`Dilated`] |
 /// | `Strided`, `Fixed` | see [`Strided`], [`Fixed`] |
-/// | `Blockwise`, `Random` | see [`Blockwise`], [`RandomBlocks`] |
+/// | `Blockwise`, `Random`, `Blocks` | see [`Blockwise`], [`RandomBlocks`], [`BlockPlan`] |
 /// | `Global` | `i` or `j` is a global position, see [`Global`] |
+/// | `GlobalQueries`, `GlobalKeys` | `i` is a global position, `j` is one |
 /// | `Prefix(n)`, `Sinks(n)` | `j < n` |
 /// | `Documents` | `i` and `j` have the same document id |
 ///
@@ -82,8 +89,14 @@ pub enum Pattern {
     Blockwise(Blockwise),
     /// Tokens that see all and are seen by all.
     Global(Global),
+    /// Tokens that see all.
+    GlobalQueries(Global),
+    /// Tokens that are seen by all.
+    GlobalKeys(Global),
     /// Random blocks of keys.
     Random(RandomBlocks),
+    /// Blocks of keys that are named one by one.
+    Blocks(BlockPlan),
     /// The first keys, as the prefix of a prefix language model (`causal | prefix`,
     /// <https://arxiv.org/abs/1910.10683>).
     Prefix(usize),
@@ -113,8 +126,8 @@ pub struct At {
     pub query: usize,
     /// Position of the key.
     pub key: usize,
-    /// Number of keys. Only [`Reach::Everywhere`] depends on it: all other patterns allow a pair at any length or at
-    /// none.
+    /// Number of keys. Only [`Reach::Everywhere`] and [`Global::Last`] depend on it: all other patterns allow a pair at
+    /// any length or at none.
     pub key_length: usize,
 }
 
@@ -178,6 +191,11 @@ impl Pattern {
         Self::Random(random)
     }
 
+    /// Each block of queries sees the blocks of keys that a plan names.
+    pub fn blocks(plan: BlockPlan) -> Self {
+        Self::Blocks(plan)
+    }
+
     /// BigBird (<https://arxiv.org/abs/2007.14062>) in its internal construction: a window of three blocks, the first
     /// block global, and random blocks.
     ///
@@ -237,15 +255,11 @@ impl Pattern {
             Self::Strided(strided) => strided.allows(query, key),
             Self::Fixed(fixed) => fixed.allows(query, key),
             Self::Blockwise(blockwise) => blockwise.allows(query, key),
-            Self::Global(global) => {
-                let is_global = |position| match global {
-                    Global::Positions(positions) => positions.binary_search(&position).is_ok(),
-                    Global::First(n) => position < *n,
-                    Global::Batch => data.globals(batch).binary_search(&position).is_ok(),
-                };
-                is_global(query) || is_global(key)
-            }
+            Self::Global(global) => global.holds(query, at, data) || global.holds(key, at, data),
+            Self::GlobalQueries(global) => global.holds(query, at, data),
+            Self::GlobalKeys(global) => global.holds(key, at, data),
             Self::Random(random) => random.allows(query, key, at.key_length),
+            Self::Blocks(plan) => plan.allows(query, key),
             Self::Prefix(n) | Self::Sinks(n) => key < *n,
             Self::Documents => data.query_documents(batch)[query] == data.key_documents(batch)[key],
             Self::And(patterns) => patterns.iter().all(|pattern| pattern.relates(at, data)),
@@ -272,8 +286,11 @@ impl Pattern {
             Self::Strided(strided) => strided.validate(),
             Self::Fixed(fixed) => fixed.validate(),
             Self::Blockwise(blockwise) => blockwise.validate(),
-            Self::Global(global) => global.validate(),
+            Self::Global(global) | Self::GlobalQueries(global) | Self::GlobalKeys(global) => {
+                global.validate()
+            }
             Self::Random(random) => random.validate(),
+            Self::Blocks(plan) => plan.validate(),
             Self::And(_) | Self::Or(_) | Self::Not(_) | Self::PerHead(_) => {
                 let (field, parts) = self.combined();
                 let limit = Self::MAX_DEPTH;
@@ -308,10 +325,15 @@ impl Pattern {
 
     fn check_parts(&self, lengths: &Lengths, data: &BatchData) -> Result<(), PatternError> {
         match self {
-            Self::Global(Global::Positions(positions)) => {
-                batch_data::check_positions("global.positions", positions, lengths)
+            Self::Global(global) | Self::GlobalQueries(global) | Self::GlobalKeys(global) => {
+                match global {
+                    Global::Positions(positions) => {
+                        batch_data::check_positions("global.positions", positions, lengths)
+                    }
+                    Global::First(_) | Global::Last(_) => Ok(()),
+                    Global::Batch => data.require_globals(),
+                }
             }
-            Self::Global(Global::Batch) => data.require_globals(),
             Self::Documents => data.require_documents(lengths),
             Self::PerHead(patterns) if patterns.len() != lengths.n_heads => {
                 Err(PatternError::Heads {
@@ -340,13 +362,9 @@ impl Pattern {
     pub fn within(&self, length: usize) -> Self {
         let all = |patterns: &[Self]| patterns.iter().map(|part| part.within(length)).collect();
         match self {
-            Self::Global(Global::Positions(positions)) => {
-                let there = positions
-                    .iter()
-                    .copied()
-                    .filter(|position| *position < length);
-                Self::Global(Global::Positions(there.collect()))
-            }
+            Self::Global(global) => Self::Global(global.within(length)),
+            Self::GlobalQueries(global) => Self::GlobalQueries(global.within(length)),
+            Self::GlobalKeys(global) => Self::GlobalKeys(global.within(length)),
             Self::And(patterns) => Self::And(all(patterns)),
             Self::Or(patterns) => Self::Or(all(patterns)),
             Self::Not(pattern) => Self::Not(Box::new(pattern.within(length))),
@@ -370,8 +388,14 @@ impl Pattern {
     /// one pass over the whole.
     pub fn changes_with_length(&self) -> bool {
         let (_, parts) = self.combined();
-        let everywhere = matches!(self, Self::Random(random) if random.reach == Reach::Everywhere);
-        everywhere || parts.iter().any(Self::changes_with_length)
+        let depends = match self {
+            Self::Random(random) => random.reach == Reach::Everywhere,
+            Self::Global(global) | Self::GlobalQueries(global) | Self::GlobalKeys(global) => {
+                matches!(global, Global::Last(_))
+            }
+            _ => false,
+        };
+        depends || parts.iter().any(Self::changes_with_length)
     }
 
     /// Whether a query sees a key wherever both are moved by the same number of positions. Then rows of a batch may
@@ -392,7 +416,10 @@ impl Pattern {
             Self::Fixed(_)
             | Self::Blockwise(_)
             | Self::Global(_)
+            | Self::GlobalQueries(_)
+            | Self::GlobalKeys(_)
             | Self::Random(_)
+            | Self::Blocks(_)
             | Self::Prefix(_)
             | Self::Documents
             | Self::Sinks(_) => false,
@@ -412,8 +439,14 @@ impl Pattern {
     /// Whether batch rows may see different keys, hidden keys aside.
     pub(crate) fn depends_on_batch(&self) -> bool {
         let (_, parts) = self.combined();
-        matches!(self, Self::Documents | Self::Global(Global::Batch))
-            || parts.iter().any(Self::depends_on_batch)
+        let of_batch = match self {
+            Self::Documents => true,
+            Self::Global(global) | Self::GlobalQueries(global) | Self::GlobalKeys(global) => {
+                *global == Global::Batch
+            }
+            _ => false,
+        };
+        of_batch || parts.iter().any(Self::depends_on_batch)
     }
 }
 

@@ -4,7 +4,9 @@ use std::str::FromStr;
 
 use thiserror::Error;
 
-use super::{Blockwise, Fixed, Global, Pattern, PatternError, RandomBlocks, Strided, Window};
+use super::{
+    BlockPlan, Blockwise, Fixed, Global, Pattern, PatternError, RandomBlocks, Strided, Window,
+};
 
 /// Words that are no pattern.
 ///
@@ -21,7 +23,7 @@ use super::{Blockwise, Fixed, Global, Pattern, PatternError, RandomBlocks, Strid
 pub enum ParsePatternError {
     /// A word that names no pattern.
     #[error(
-        "\"{word}\" is no pattern: known are full, causal, window, dilated, strided, strided-local, strided-column, fixed, fixed-local, fixed-summary, blockwise, global, random, random-past, bigbird, bigbird-causal, prefix, sinks, documents and heads(..)"
+        "\"{word}\" is no pattern: known are full, causal, window, dilated, strided, strided-local, strided-column, fixed, fixed-local, fixed-summary, blockwise, global, global-queries, global-keys, random, random-past, blocks, bigbird, bigbird-causal, prefix, sinks, documents and heads(..)"
     )]
     Unknown {
         /// The word.
@@ -87,7 +89,9 @@ pub enum ParsePatternError {
 /// | `strided:64`, `strided-local:64`, `strided-column:64` | [`Strided`]: merged, or one of its heads |
 /// | `fixed:64:8`, `fixed-local:64`, `fixed-summary:64:8` | [`Fixed`]: stride and summary columns; `:1` at the end chooses another sub-index |
 /// | `blockwise:64`, `blockwise:64:1`, `blockwise:64:1:1` | [`Blockwise`]: block, look back, look ahead |
-/// | `global:0,5`, `global:none`, `global:..64`, `global:batch` | [`Global`]: positions, none, the first 64, those of the batch data |
+/// | `global:0,5`, `global:none`, `global:..64`, `global:-64`, `global:batch` | [`Global`]: positions, none, the first 64, the last 64, those of the batch data |
+/// | `global-queries:0,5`, `global-keys:0,5` | these see all, or are seen by all; else as `global` |
+/// | `blocks:64:0,2/1` | [`BlockPlan`]: block, then the key blocks of each query block |
 /// | `random:64:3`, `random-past:64:3` | [`RandomBlocks`]: block, number of blocks; `:7` at the end chooses another seed |
 /// | `bigbird:64:3` | [`Pattern::bigbird`]: block, random blocks; `:7` at the end chooses another seed |
 /// | `bigbird-causal:64:3` | the same within `causal`, its random blocks drawn from the past |
@@ -226,8 +230,17 @@ fn simple(word: &str) -> Result<Pattern, ParsePatternError> {
         Some((name, arguments)) => (name, Some(arguments)),
         None => (word, None),
     };
-    if name == "global" {
-        return global(word, arguments.unwrap_or_default()).map(Pattern::Global);
+    let of_global = match name {
+        "global" => Some(Pattern::Global as fn(Global) -> Pattern),
+        "global-queries" => Some(Pattern::GlobalQueries as _),
+        "global-keys" => Some(Pattern::GlobalKeys as _),
+        _ => None,
+    };
+    if let Some(of_global) = of_global {
+        return global(word, arguments.unwrap_or_default()).map(of_global);
+    }
+    if name == "blocks" {
+        return block_plan(word, arguments.unwrap_or_default()).map(Pattern::Blocks);
     }
     let form = |form| {
         Err(ParsePatternError::Form {
@@ -330,20 +343,45 @@ fn global(word: &str, argument: &str) -> Result<Global, ParsePatternError> {
         "none" => return Ok(Global::Positions(Vec::new())),
         _ => {}
     }
-    let position = |argument| {
-        number(word, argument).map(|position| usize::try_from(position).unwrap_or(usize::MAX))
-    };
     if let Some(n) = argument.strip_prefix("..") {
-        return position(n).map(Global::First);
+        return count(word, n).map(Global::First);
+    }
+    if let Some(n) = argument.strip_prefix('-') {
+        return count(word, n).map(Global::Last);
     }
     if argument.is_empty() {
         return Err(ParsePatternError::Form {
             word: word.to_string(),
-            form: "global:POSITION,POSITION,.. or global:..COUNT, global:batch or global:none",
+            form: "global:POSITION,POSITION,.. or global:..COUNT, global:-COUNT, global:batch or global:none",
         });
     }
-    let positions = argument.split(',').map(position);
-    positions.collect::<Result<_, _>>().map(Global::Positions)
+    counts(word, argument).map(Global::Positions)
+}
+
+fn block_plan(word: &str, arguments: &str) -> Result<BlockPlan, ParsePatternError> {
+    let Some((block, rows)) = arguments.split_once(':') else {
+        return Err(ParsePatternError::Form {
+            word: word.to_string(),
+            form: "blocks:BLOCK:KEY_BLOCK,KEY_BLOCK,../KEY_BLOCK,../..",
+        });
+    };
+    let row = |row: &str| match row {
+        "" => Ok(Vec::new()),
+        row => counts(word, row),
+    };
+    let rows = rows.split('/').map(row).collect::<Result<_, _>>()?;
+    Ok(BlockPlan::new(count(word, block)?, rows))
+}
+
+/// Numbers with commas between them.
+fn counts(word: &str, argument: &str) -> Result<Vec<usize>, ParsePatternError> {
+    let numbers = argument.split(',');
+    numbers.map(|number| count(word, number)).collect()
+}
+
+/// On a machine of 32 bits a larger count is as good as the largest.
+fn count(word: &str, argument: &str) -> Result<usize, ParsePatternError> {
+    number(word, argument).map(|n| usize::try_from(n).unwrap_or(usize::MAX))
 }
 
 fn number(word: &str, argument: &str) -> Result<u64, ParsePatternError> {

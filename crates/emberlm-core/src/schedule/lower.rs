@@ -3,9 +3,11 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-use super::random_rows::RandomRows;
+use super::listed_blocks::ListedBlocks;
 use super::relation::{Atom, Documents, Relation, Tables, UNBOUNDED};
-use crate::pattern::{BatchData, Fixed, Global, Lengths, Pattern, RandomBlocks, Reach, Strided};
+use crate::pattern::{
+    BatchData, BlockPlan, Fixed, Global, Lengths, Pattern, RandomBlocks, Reach, Strided,
+};
 
 /// Turns patterns into relations and collects what these refer to. Equal tables are made once.
 pub(super) struct Lowering<'a> {
@@ -14,6 +16,7 @@ pub(super) struct Lowering<'a> {
     pub(super) tables: Tables,
     sets: HashMap<Vec<u32>, usize>,
     random: HashMap<RandomBlocks, usize>,
+    plans: HashMap<BlockPlan, usize>,
     documents: HashMap<Documents, usize>,
 }
 
@@ -25,6 +28,7 @@ impl<'a> Lowering<'a> {
             tables: Tables::default(),
             sets: HashMap::new(),
             random: HashMap::new(),
+            plans: HashMap::new(),
             documents: HashMap::new(),
         }
     }
@@ -81,8 +85,14 @@ impl<'a> Lowering<'a> {
                 -bound(blockwise.look_ahead),
                 bound(blockwise.look_back),
             ),
-            Pattern::Global(global) => self.global(global, batch),
+            Pattern::Global(global) => {
+                let queries = self.global_queries(global, batch);
+                Relation::any([queries, self.global_keys(global, batch)])
+            }
+            Pattern::GlobalQueries(global) => self.global_queries(global, batch),
+            Pattern::GlobalKeys(global) => self.global_keys(global, batch),
             Pattern::Random(random) => self.random(random),
+            Pattern::Blocks(plan) => self.planned(plan),
             Pattern::Prefix(n) | Pattern::Sinks(n) => {
                 let keys = positions(0..(*n).min(self.lengths.key_length));
                 self.keys(keys, None)
@@ -133,37 +143,45 @@ impl<'a> Lowering<'a> {
         self.keys(keys, None)
     }
 
-    fn global(&mut self, global: &Global, batch: usize) -> Relation {
-        let Lengths {
-            key_length,
-            first_position,
-            batch_size,
-            ..
-        } = *self.lengths;
-        let query_end = self.lengths.query_end();
-        let as_positions = |positions: &[usize]| positions.iter().map(|&p| p as u32).collect();
-        let (own, union): (Vec<u32>, Option<Vec<u32>>) = match global {
-            Global::Positions(given) => (as_positions(given), None),
-            Global::First(n) => (positions(0..(*n).min(key_length.max(query_end))), None),
+    fn global_queries(&mut self, global: &Global, batch: usize) -> Relation {
+        let queries = self.lengths.first_position..self.lengths.query_end();
+        let (own, union) = self.global_within(global, batch, queries);
+        self.queries(own, union)
+    }
+
+    fn global_keys(&mut self, global: &Global, batch: usize) -> Relation {
+        let (own, union) = self.global_within(global, batch, 0..self.lengths.key_length);
+        self.keys(own, union)
+    }
+
+    /// The global positions of a batch row within a range, and those of all batch rows where each has its own.
+    fn global_within(
+        &self,
+        global: &Global,
+        batch: usize,
+        range: Range<usize>,
+    ) -> (Vec<u32>, Option<Vec<u32>>) {
+        let within = |set: &[usize]| -> Vec<u32> {
+            let there = set.iter().filter(|position| range.contains(position));
+            there.map(|&position| position as u32).collect()
+        };
+        match global {
+            Global::Positions(given) => (within(given), None),
+            Global::First(n) => (positions(range.start.min(*n)..range.end.min(*n)), None),
+            Global::Last(n) => {
+                let first = self.lengths.key_length.saturating_sub(*n);
+                (positions(range.start.max(first)..range.end), None)
+            }
             Global::Batch => {
-                let rows = (0..batch_size).flat_map(|row| self.data.globals(row));
-                let mut union: Vec<u32> = rows.map(|&position| position as u32).collect();
+                let rows = 0..self.lengths.batch_size;
+                let mut union: Vec<u32> = rows
+                    .flat_map(|row| within(self.data.globals(row)))
+                    .collect();
                 union.sort_unstable();
                 union.dedup();
-                (as_positions(self.data.globals(batch)), Some(union))
+                (within(self.data.globals(batch)), Some(union))
             }
-        };
-        let within = |set: &[u32], range: Range<usize>| -> Vec<u32> {
-            let is_within = |position: &u32| range.contains(&(*position as usize));
-            set.iter().copied().filter(is_within).collect()
-        };
-        let own_queries = within(&own, first_position..query_end);
-        let all_queries = union.as_ref();
-        let all_queries = all_queries.map(|union| within(union, first_position..query_end));
-        let own_keys = within(&own, 0..key_length);
-        let all_keys = union.as_ref().map(|union| within(union, 0..key_length));
-        let queries = self.queries(own_queries, all_queries);
-        Relation::any([queries, self.keys(own_keys, all_keys)])
+        }
     }
 
     /// Keys of a set. To gather them for several batch rows at once takes the union of their sets; nothing if it is
@@ -215,14 +233,24 @@ impl<'a> Lowering<'a> {
             }
             _ => {}
         }
-        let next = self.random.len();
-        let rows = *self.random.entry(*random).or_insert(next);
-        if rows == next {
-            self.tables
-                .random
-                .push(RandomRows::new(random, self.lengths));
+        let (tables, lengths) = (&mut self.tables.listed, self.lengths);
+        let rows = *self.random.entry(*random).or_insert_with(|| {
+            tables.push(ListedBlocks::random(random, lengths));
+            tables.len() - 1
+        });
+        Relation::Atom(Atom::Listed { rows })
+    }
+
+    fn planned(&mut self, plan: &BlockPlan) -> Relation {
+        if let Some(&rows) = self.plans.get(plan) {
+            return Relation::Atom(Atom::Listed { rows });
         }
-        Relation::Atom(Atom::Random { rows })
+        let rows = self.tables.listed.len();
+        self.tables
+            .listed
+            .push(ListedBlocks::planned(plan, self.lengths));
+        self.plans.insert(plan.clone(), rows);
+        Relation::Atom(Atom::Listed { rows })
     }
 
     fn same_document(&mut self, batch: usize) -> Relation {

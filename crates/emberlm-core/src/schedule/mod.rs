@@ -2,10 +2,10 @@
 
 mod axis;
 mod layout;
+mod listed_blocks;
 mod lower;
 mod mask;
 mod plan;
-mod random_rows;
 mod rectangle;
 mod relation;
 mod rows;

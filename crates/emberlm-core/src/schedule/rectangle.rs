@@ -101,8 +101,8 @@ impl Plane<'_> {
                     i64::from(modulus),
                 )
             }
-            Atom::Random { rows } => {
-                let rows = &self.tables.random[rows];
+            Atom::Listed { rows } => {
+                let rows = &self.tables.listed[rows];
                 let block = rows.block();
                 let [first_row, last_row] = [first_query / block, last_query / block];
                 if last_row - first_row >= MAX_RANDOM_ROWS {

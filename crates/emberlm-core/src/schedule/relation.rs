@@ -1,6 +1,6 @@
 //! What a pattern comes to for given lengths and one batch row and head: an expression over a few relations.
 
-use super::random_rows::RandomRows;
+use super::listed_blocks::ListedBlocks;
 
 /// Beyond every difference of two positions: no bound.
 pub(super) const UNBOUNDED: i64 = 1 << 40;
@@ -25,8 +25,8 @@ pub(super) enum Atom {
     Blocks { block: i64, low: i64, high: i64 },
     /// `(q - k) mod modulus = 0`
     Congruent { modulus: u32 },
-    /// The key block of `k` was drawn for the query block of `q`.
-    Random { rows: usize },
+    /// The key block of `k` is listed for the query block of `q`.
+    Listed { rows: usize },
     /// `k` is in a set. `gather` is the union of this set over the batch rows.
     Keys { set: usize, gather: usize },
     /// `q` is in a set. `gather` is as for keys.
@@ -40,7 +40,7 @@ pub(super) enum Atom {
 pub(super) struct Tables {
     /// Rising absolute positions.
     pub(super) sets: Vec<Vec<u32>>,
-    pub(super) random: Vec<RandomRows>,
+    pub(super) listed: Vec<ListedBlocks>,
     pub(super) documents: Vec<Documents>,
 }
 

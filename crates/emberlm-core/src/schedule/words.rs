@@ -140,8 +140,8 @@ impl Block<'_> {
                         .set_residue(words.row(row), query % modulus, modulus, &residues);
                 }
             }
-            Atom::Random { rows: table } => {
-                let table = &self.plane.tables.random[table];
+            Atom::Listed { rows: table } => {
+                let table = &self.plane.tables.listed[table];
                 let block = table.block();
                 let [first, last] = self.keys.extent.map(|key| key / block);
                 for (row, _, query) in rows {

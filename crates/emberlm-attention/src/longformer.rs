@@ -1,0 +1,318 @@
+//! Longformer's attention: a sliding window, and global tokens with projections of their own.
+
+use burn::{
+    config::Config,
+    module::Module,
+    nn::{Linear, LinearConfig},
+    tensor::{Bool, Device, IndexingUpdateOp, Int, Tensor, TensorData},
+};
+use emberlm_core::{
+    CachePositions, Context, Global, InvalidConfig, KvCache, Pattern, RingError, SequenceMixer,
+    Window, assert_valid,
+    operators::{project, project_all},
+};
+
+use crate::{
+    ScoreCap,
+    heads::{Scores, merge_heads, split_heads},
+};
+
+/// Configuration of [`LongformerAttention`].
+#[derive(Config, Debug)]
+pub struct LongformerAttentionConfig {
+    /// Width of the model.
+    pub d_model: usize,
+    /// Number of heads; divides `d_model`.
+    pub n_heads: usize,
+    /// The keys around a query that it sees. The two published readings of a window's size are
+    /// [`Window::one_sided`] (AllenAI's code) and [`Window::total`] (Hugging Face's).
+    pub window: Window,
+    /// Distance of neighbouring keys in the window, for each head, as in section 4.1 of the paper. Default: 1, no gaps.
+    pub dilations: Option<Vec<usize>>,
+    /// Tokens that see all and that all see. Default: none.
+    #[config(default = "Global::First(0)")]
+    pub global: Global,
+    /// Whether a token sees none of the later ones, global or not: the autoregressive mode of section 4. Default: false.
+    #[config(default = false)]
+    pub causal: bool,
+    /// Whether the projections have biases. Default: true.
+    #[config(default = true)]
+    pub bias: bool,
+    /// Dropout on the attention weights. Default: 0.
+    #[config(default = 0.0)]
+    pub dropout: f64,
+}
+
+impl LongformerAttentionConfig {
+    /// Checks the fields against each other.
+    ///
+    /// # Errors
+    ///
+    /// A zero, heads that do not divide the width, not one dilation a head, global positions that do not rise, or a
+    /// dropout rate outside `[0, 1)`.
+    pub fn validate(&self) -> Result<(), InvalidConfig> {
+        let Self {
+            d_model, n_heads, ..
+        } = *self;
+        InvalidConfig::require_positive(&[("d_model", d_model), ("n_heads", n_heads)])?;
+        if !d_model.is_multiple_of(n_heads) {
+            return Err(InvalidConfig::HeadWidth { d_model, n_heads });
+        }
+        let n_dilations = self.dilations.as_ref().map_or(n_heads, Vec::len);
+        if n_dilations != n_heads {
+            return Err(InvalidConfig::Range {
+                field: "dilations",
+                range: "one a head",
+                value: n_dilations as f64,
+            });
+        }
+        self.local().validate(n_heads)
+    }
+
+    /// Makes the module.
+    ///
+    /// # Panics
+    ///
+    /// If the config is invalid.
+    pub fn init(&self, device: &Device) -> LongformerAttention {
+        assert_valid(self.validate());
+        let square = || {
+            LinearConfig::new(self.d_model, self.d_model)
+                .with_bias(self.bias)
+                .init(device)
+        };
+        LongformerAttention {
+            query: square(),
+            key: square(),
+            value: square(),
+            global_query: square(),
+            global_key: square(),
+            global_value: square(),
+            output: square(),
+            n_heads: self.n_heads,
+            tokens: self.global.clone(),
+            local: self.local(),
+            of_global: self.scores(Pattern::GlobalQueries(self.global.clone())),
+        }
+    }
+
+    /// What a token sees by the projections that all tokens have: its window and the global tokens.
+    fn local(&self) -> Scores {
+        let window = |dilation| match dilation {
+            1 => Pattern::window(self.window),
+            dilation => Pattern::dilated(self.window, dilation),
+        };
+        let window = match &self.dilations {
+            None => window(1),
+            Some(all) if all.iter().all(|dilation| *dilation == all[0]) => window(all[0]),
+            Some(all) => Pattern::per_head(all.iter().copied().map(window).collect::<Vec<_>>()),
+        };
+        self.scores(match self.global {
+            Global::First(0) => window,
+            _ => window | Pattern::GlobalKeys(self.global.clone()),
+        })
+    }
+
+    fn scores(&self, pattern: Pattern) -> Scores {
+        Scores {
+            pattern: match self.causal {
+                true => Pattern::causal() & pattern,
+                false => pattern,
+            },
+            repeats: Vec::new(),
+            dropout: self.dropout,
+            scale: None,
+            cap: ScoreCap::None,
+            alibi: None,
+        }
+    }
+}
+
+/// Longformer's attention.
+///
+/// Beltagy et al. 2020, <https://arxiv.org/abs/2004.05150>, section 3. With the global tokens `G` and the window `W_i` of
+/// token `i`,
+///
+/// ```text
+/// o_i = attention(q_i, K[W_i and G], V[W_i and G])     i not in G
+/// o_g = attention(q'_g, K', V')                        g in G, over all tokens
+/// q = x W_q, k = x W_k, v = x W_v;  q' = x W'_q, k' = x W'_k, v' = x W'_v
+/// ```
+///
+/// A local token sees a global one by the projections that all tokens have. `causal` takes the later tokens from both
+/// lines. Differences from Hugging Face's `LongformerSelfAttention`: the output projection belongs to the module; any
+/// length; dilation and the causal mode, which it has dropped; a padded query is not zeroed.
+///
+/// ```
+/// use burn::tensor::{Device, Tensor};
+/// use emberlm_attention::LongformerAttentionConfig;
+/// use emberlm_core::{Context, Global, Lengths, SequenceMixer, Window};
+///
+/// let device = Device::flex();
+/// let attention = LongformerAttentionConfig::new(16, 4, Window::total(6))
+///     .with_global(Global::Positions(vec![0, 9]))
+///     .init(&device);
+/// let context = Context::new(Lengths::square(20));
+/// let y = attention.forward(Tensor::ones([1, 20, 16], &device), &context);
+/// assert_eq!(y.dims(), [1, 20, 16]);
+/// ```
+#[derive(Module, Debug)]
+pub struct LongformerAttention {
+    /// `[d_model, d_model]`
+    pub query: Linear,
+    /// `[d_model, d_model]`
+    pub key: Linear,
+    /// `[d_model, d_model]`
+    pub value: Linear,
+    /// `[d_model, d_model]`, of the global tokens.
+    pub global_query: Linear,
+    /// `[d_model, d_model]`, of what global tokens see.
+    pub global_key: Linear,
+    /// `[d_model, d_model]`, of what global tokens see.
+    pub global_value: Linear,
+    /// `[d_model, d_model]`
+    pub output: Linear,
+    n_heads: usize,
+    #[module(skip)]
+    tokens: Global,
+    #[module(skip)]
+    local: Scores,
+    #[module(skip)]
+    of_global: Scores,
+}
+
+// A part of a layer's random key.
+const GLOBAL: u64 = 0;
+
+impl LongformerAttention {
+    fn split(&self, x: Tensor<3>) -> Tensor<4> {
+        split_heads(x, self.n_heads)
+    }
+
+    /// Query, key and value by the projections that all tokens have.
+    fn local_heads(&self, x: Tensor<3>) -> [Tensor<4>; 3] {
+        project_all([&self.query, &self.key, &self.value], x).map(|x| self.split(x))
+    }
+
+    /// Key and value by the projections of the global tokens.
+    fn global_heads(&self, x: Tensor<3>) -> [Tensor<4>; 2] {
+        project_all([&self.global_key, &self.global_value], x).map(|x| self.split(x))
+    }
+
+    /// Puts the outputs of the global tokens among `x` in the place of what the window gave them.
+    fn with_global_rows(
+        &self,
+        local: Tensor<4>,
+        x: Tensor<3>,
+        rows: &GlobalRows,
+        [key, value]: [Tensor<4>; 2],
+        (scores, context): (&Scores, &Context),
+    ) -> Tensor<4> {
+        let indices = rows.indices(&x.device());
+        let query = project(&self.global_query, x.select(1, indices.clone()));
+        // Queries that are not global see nothing, and so may be anything.
+        let query = Tensor::zeros(local.dims(), (&local.device(), local.dtype())).select_assign(
+            2,
+            indices,
+            self.split(query),
+            IndexingUpdateOp::Add,
+        );
+        let global = scores.attend_heads([query, key, value], &context.fold(GLOBAL));
+        local.clone().mask_where(rows.mask(&local), global)
+    }
+
+    /// The global tokens among the queries, if there are any.
+    ///
+    /// # Panics
+    ///
+    /// If the batch decides which are global, and does not say.
+    fn rows(&self, context: &Context) -> Option<GlobalRows> {
+        match context.global_queries(&self.tokens) {
+            Ok(rows) => rows
+                .iter()
+                .any(|row| !row.is_empty())
+                .then_some(GlobalRows(rows)),
+            Err(error) => panic!("global: {error}"),
+        }
+    }
+
+    /// An empty cache whose memory is bounded by window and global tokens, in the causal mode.
+    ///
+    /// # Errors
+    ///
+    /// Global tokens that the batch decides.
+    pub fn new_ring_cache(&self, positions: CachePositions) -> Result<KvCache, RingError> {
+        let both = self.local.pattern.clone() | self.of_global.pattern.clone();
+        KvCache::ring(&both, positions)
+    }
+}
+
+impl SequenceMixer for LongformerAttention {
+    type Cache = KvCache;
+
+    /// # Panics
+    ///
+    /// If the lengths are not the context's, or global positions do not fit them.
+    fn forward(&self, x: Tensor<3>, context: &Context) -> Tensor<3> {
+        let heads = self.local_heads(x.clone());
+        let mut joined = self.local.attend_heads(heads, context);
+        if let Some(rows) = self.rows(context) {
+            let heads = self.global_heads(x.clone());
+            joined = self.with_global_rows(joined, x, &rows, heads, (&self.of_global, context));
+        }
+        project(&self.output, merge_heads(joined))
+    }
+
+    /// # Panics
+    ///
+    /// As [`forward`](Self::forward), and if the module is not causal.
+    fn forward_cached(&self, x: Tensor<3>, context: &Context, cache: &mut KvCache) -> Tensor<3> {
+        let [query, key, value] = self.local_heads(x.clone());
+        let [global_key, global_value] = self.global_heads(x.clone());
+        // One cache, with the heads of both projections.
+        let both = |local, global| Tensor::cat(vec![local, global], 1);
+        let (key, value) = cache.append(both(key, global_key), both(value, global_value));
+        let part = |x: &Tensor<4>, first| x.clone().narrow(1, first, self.n_heads);
+        let [local, of_global] =
+            [&self.local, &self.of_global].map(|scores| scores.in_slots(context, cache));
+        let heads = [query, part(&key, 0), part(&value, 0)];
+        let mut joined = local.0.attend_heads(heads, &local.1);
+        if let Some(rows) = self.rows(context) {
+            let heads = [part(&key, self.n_heads), part(&value, self.n_heads)];
+            let (scores, context) = (&of_global.0, &of_global.1);
+            joined = self.with_global_rows(joined, x, &rows, heads, (scores, context));
+        }
+        project(&self.output, merge_heads(joined))
+    }
+
+    fn new_cache(&self, capacity: usize) -> KvCache {
+        KvCache::new(capacity)
+    }
+}
+
+/// The queries that are global: the same in all batch rows, or a list for each.
+struct GlobalRows(Vec<Vec<usize>>);
+
+impl GlobalRows {
+    /// Those that are global in any batch row.
+    fn indices(&self, device: &Device) -> Tensor<1, Int> {
+        let mut all = self.0.concat();
+        all.sort_unstable();
+        all.dedup();
+        let all: Vec<i64> = all.into_iter().map(|row| row as i64).collect();
+        let n = all.len();
+        Tensor::from_data(TensorData::new(all, [n]), device)
+    }
+
+    /// Over the outputs of all heads.
+    fn mask(&self, outputs: &Tensor<4>) -> Tensor<4, Bool> {
+        let dims = outputs.dims();
+        let n_queries = dims[2];
+        let mut mask = vec![false; self.0.len() * n_queries];
+        for (mask, rows) in mask.chunks_mut(n_queries).zip(&self.0) {
+            rows.iter().for_each(|row| mask[*row] = true);
+        }
+        let mask = TensorData::new(mask, [self.0.len(), 1, n_queries, 1]);
+        Tensor::<4, Bool>::from_data(mask, &outputs.device()).expand(dims)
+    }
+}
