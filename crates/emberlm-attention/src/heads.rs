@@ -78,7 +78,12 @@ impl Scores {
     }
 
     /// Scores and context as the slots of a cache have them, once it has forgotten positions.
-    pub(crate) fn in_slots(&self, context: &Context, cache: &KvCache) -> (Self, Context) {
+    pub(crate) fn in_slots(
+        &self,
+        context: &Context,
+        cache: &KvCache,
+        query: &Tensor<4>,
+    ) -> (Self, Context) {
         let slots = cache.slots();
         if slots.gap() == 0 {
             return (self.clone(), context.clone());
@@ -89,7 +94,15 @@ impl Scores {
             repeats: self.repeats.iter().map(moved).collect(),
             ..self.clone()
         };
-        (scores, context.in_slots(slots))
+        let context = context.in_slots(slots);
+        let bias = match &self.alibi {
+            Some(slopes) if !cache.counts_in_cache() => {
+                let (dtype, device) = (query.dtype(), query.device());
+                alibi_of_gap(slopes, slots, query.dims()[2], dtype, &device)
+            }
+            _ => None,
+        };
+        (scores, context.with_bias(bias))
     }
 
     /// [`attend`](Self::attend), where the keys and values are all that a cache holds.
@@ -100,15 +113,8 @@ impl Scores {
         context: &Context,
         cache: &KvCache,
     ) -> Tensor<3> {
-        let (scores, mut context) = self.in_slots(context, cache);
-        if let (Some(slopes), false) = (&self.alibi, cache.counts_in_cache()) {
-            let [query, ..] = &heads;
-            let (dtype, device) = (query.dtype(), query.device());
-            let n_queries = context.lengths.query_length;
-            if let Some(bias) = alibi_of_gap(slopes, cache.slots(), n_queries, dtype, &device) {
-                context = context.with_bias(Some(bias));
-            }
-        }
+        let [query, ..] = &heads;
+        let (scores, context) = self.in_slots(context, cache, query);
         scores.attend(heads, output, &context)
     }
 

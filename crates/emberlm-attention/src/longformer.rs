@@ -7,8 +7,8 @@ use burn::{
     tensor::{Bool, Device, IndexingUpdateOp, Int, Tensor, TensorData},
 };
 use emberlm_core::{
-    CachePositions, Context, Global, InvalidConfig, KvCache, Pattern, RingError, SequenceMixer,
-    Window, assert_valid,
+    CachePositions, Context, Global, InvalidConfig, KvCache, Pattern, RingError, RotaryConfig,
+    SequenceMixer, Window, assert_valid,
     operators::{project, project_all},
 };
 
@@ -35,6 +35,10 @@ pub struct LongformerAttentionConfig {
     /// Whether a token sees none of the later ones, global or not: the autoregressive mode of section 4. Default: false.
     #[config(default = false)]
     pub causal: bool,
+    /// Rotary embeddings of queries and keys, in both kinds of projections. Default: none, as in the paper.
+    pub rotary: Option<RotaryConfig>,
+    /// ALiBi: what a score loses for each step between query and key, one slope a head. Default: none.
+    pub alibi: Option<Vec<f64>>,
     /// Whether the projections have biases. Default: true.
     #[config(default = true)]
     pub bias: bool,
@@ -66,6 +70,15 @@ impl LongformerAttentionConfig {
                 value: n_dilations as f64,
             });
         }
+        if let Some(rotary) = &self.rotary {
+            rotary.validate()?;
+            if rotary.scaling.changes_with_length() {
+                return Err(InvalidConfig::Unsupported {
+                    field: "rotary.scaling",
+                    reason: "Longformer's cache holds keys that are turned already",
+                });
+            }
+        }
         self.local().validate(n_heads)
     }
 
@@ -90,6 +103,7 @@ impl LongformerAttentionConfig {
             global_value: square(),
             output: square(),
             n_heads: self.n_heads,
+            rotary: self.rotary.clone(),
             tokens: self.global.clone(),
             local: self.local(),
             of_global: self.scores(Pattern::GlobalQueries(self.global.clone())),
@@ -123,7 +137,7 @@ impl LongformerAttentionConfig {
             dropout: self.dropout,
             scale: None,
             cap: ScoreCap::None,
-            alibi: None,
+            alibi: self.alibi.clone(),
         }
     }
 }
@@ -174,6 +188,8 @@ pub struct LongformerAttention {
     pub output: Linear,
     n_heads: usize,
     #[module(skip)]
+    rotary: Option<RotaryConfig>,
+    #[module(skip)]
     tokens: Global,
     #[module(skip)]
     local: Scores,
@@ -190,13 +206,27 @@ impl LongformerAttention {
     }
 
     /// Query, key and value by the projections that all tokens have.
-    fn local_heads(&self, x: Tensor<3>) -> [Tensor<4>; 3] {
-        project_all([&self.query, &self.key, &self.value], x).map(|x| self.split(x))
+    fn local_heads(&self, x: Tensor<3>, context: &Context) -> [Tensor<4>; 3] {
+        let heads = project_all([&self.query, &self.key, &self.value], x);
+        let [query, key, value] = heads.map(|x| self.split(x));
+        let [query, key] = self.turn([query, key], context);
+        [query, key, value]
     }
 
     /// Key and value by the projections of the global tokens.
-    fn global_heads(&self, x: Tensor<3>) -> [Tensor<4>; 2] {
-        project_all([&self.global_key, &self.global_value], x).map(|x| self.split(x))
+    fn global_heads(&self, x: Tensor<3>, context: &Context) -> [Tensor<4>; 2] {
+        let heads = project_all([&self.global_key, &self.global_value], x);
+        let [key, value] = heads.map(|x| self.split(x));
+        let [key] = self.turn([key], context);
+        [key, value]
+    }
+
+    /// Turns what stands at the positions of the queries.
+    fn turn<const N: usize>(&self, heads: [Tensor<4>; N], context: &Context) -> [Tensor<4>; N] {
+        match &self.rotary {
+            Some(rotary) => rotary.forward_all(heads, context.lengths.first_position),
+            None => heads,
+        }
     }
 
     /// Puts the outputs of the global tokens among `x` in the place of what the window gave them.
@@ -206,7 +236,7 @@ impl LongformerAttention {
         x: Tensor<3>,
         rows: &GlobalRows,
         [key, value]: [Tensor<4>; 2],
-        (scores, context): (&Scores, &Context),
+        (scores, absolute, context): (&Scores, &Context, &Context),
     ) -> Tensor<4> {
         let indices = rows.indices(&x.device());
         let query = project(&self.global_query, x.select(1, indices.clone()));
@@ -217,6 +247,7 @@ impl LongformerAttention {
             self.split(query),
             IndexingUpdateOp::Add,
         );
+        let [query] = self.turn([query], absolute);
         let global = scores.attend_heads([query, key, value], &context.fold(GLOBAL));
         local.clone().mask_where(rows.mask(&local), global)
     }
@@ -240,8 +271,13 @@ impl LongformerAttention {
     ///
     /// # Errors
     ///
-    /// Global tokens that the batch decides.
+    /// Global tokens that the batch decides; positions that count in the cache, where there are rotary embeddings or
+    /// ALiBi: keys are held as they are turned once.
     pub fn new_ring_cache(&self, positions: CachePositions) -> Result<KvCache, RingError> {
+        let moves = self.rotary.is_some() || self.local.alibi.is_some();
+        if moves && positions == CachePositions::InCache {
+            return Err(RingError::InCache);
+        }
         let both = self.local.pattern.clone() | self.of_global.pattern.clone();
         KvCache::ring(&both, positions)
     }
@@ -254,11 +290,12 @@ impl SequenceMixer for LongformerAttention {
     ///
     /// If the lengths are not the context's, or global positions do not fit them.
     fn forward(&self, x: Tensor<3>, context: &Context) -> Tensor<3> {
-        let heads = self.local_heads(x.clone());
+        let heads = self.local_heads(x.clone(), context);
         let mut joined = self.local.attend_heads(heads, context);
         if let Some(rows) = self.rows(context) {
-            let heads = self.global_heads(x.clone());
-            joined = self.with_global_rows(joined, x, &rows, heads, (&self.of_global, context));
+            let heads = self.global_heads(x.clone(), context);
+            let by = (&self.of_global, context, context);
+            joined = self.with_global_rows(joined, x, &rows, heads, by);
         }
         project(&self.output, merge_heads(joined))
     }
@@ -267,20 +304,20 @@ impl SequenceMixer for LongformerAttention {
     ///
     /// As [`forward`](Self::forward), and if the module is not causal.
     fn forward_cached(&self, x: Tensor<3>, context: &Context, cache: &mut KvCache) -> Tensor<3> {
-        let [query, key, value] = self.local_heads(x.clone());
-        let [global_key, global_value] = self.global_heads(x.clone());
+        let [query, key, value] = self.local_heads(x.clone(), context);
+        let [global_key, global_value] = self.global_heads(x.clone(), context);
         // One cache, with the heads of both projections.
         let both = |local, global| Tensor::cat(vec![local, global], 1);
         let (key, value) = cache.append(both(key, global_key), both(value, global_value));
         let part = |x: &Tensor<4>, first| x.clone().narrow(1, first, self.n_heads);
         let [local, of_global] =
-            [&self.local, &self.of_global].map(|scores| scores.in_slots(context, cache));
+            [&self.local, &self.of_global].map(|scores| scores.in_slots(context, cache, &query));
         let heads = [query, part(&key, 0), part(&value, 0)];
         let mut joined = local.0.attend_heads(heads, &local.1);
         if let Some(rows) = self.rows(context) {
             let heads = [part(&key, self.n_heads), part(&value, self.n_heads)];
-            let (scores, context) = (&of_global.0, &of_global.1);
-            joined = self.with_global_rows(joined, x, &rows, heads, (scores, context));
+            let by = (&of_global.0, context, &of_global.1);
+            joined = self.with_global_rows(joined, x, &rows, heads, by);
         }
         project(&self.output, merge_heads(joined))
     }

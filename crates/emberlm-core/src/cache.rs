@@ -78,6 +78,9 @@ pub enum RingError {
         /// Rows of the table.
         max_seq_length: usize,
     },
+    /// A layer whose keys cannot be moved.
+    #[error("this layer's keys are held as they are turned once: positions must be absolute")]
+    InCache,
     /// A bias of the scores that the stack makes.
     #[error("a relative bias needs a dense cache: use rotary positions or ALiBi")]
     RelativeBias,

@@ -26,6 +26,14 @@ pub enum InvalidConfig {
         /// What was given.
         value: f64,
     },
+    /// Fields that exclude each other.
+    #[error("{field} cannot be so: {reason}")]
+    Unsupported {
+        /// The field's name.
+        field: &'static str,
+        /// Why.
+        reason: &'static str,
+    },
     /// The heads do not divide the width.
     #[error("n_heads must divide d_model: {d_model} is no multiple of {n_heads}")]
     HeadWidth {

@@ -232,7 +232,7 @@ fn patterns() -> Vec<Pattern> {
         global-queries:-70
         window:2 | global:-3
         window:3 | global-keys:..9
-        causal & (window:3 | global-keys:0 | global-queries:0)
+        causal & (window:3 | global-keys:..1 | global-queries:..1)
         blocks:16:1,2//0/0,1,2,3
         window:2 | blocks:1:3/2/1
         blocks:100:0,1

@@ -7,15 +7,15 @@ use burn::{
     tensor::{Device, Int, Tensor},
 };
 use emberlm_core::{
-    Activation, BatchData, CachedModel, CausalModel, CrossEntropy, CrossEntropyConfig, Gpt2Init,
-    InvalidConfig, Lengths, LossModel, NormConfig, NormPlacement, Pattern, PatternError, RandomKey,
-    TokenBatch, assert_valid,
+    Activation, BatchData, CachePositions, CachedModel, CausalModel, CrossEntropy,
+    CrossEntropyConfig, Gpt2Init, InvalidConfig, Lengths, LossModel, NormConfig, NormPlacement,
+    Pattern, PatternError, RandomKey, RingError, TokenBatch, assert_valid,
     operators::{Projection, projected_cross_entropy},
 };
 
 use crate::{
-    FeedForwardKind, PositionsConfig, Stack, StackCache, StackConfig, TokenEmbedding,
-    TokenEmbeddingConfig,
+    FeedForwardKind, LayerAttention, PositionsConfig, Stack, StackCache, StackConfig,
+    TokenEmbedding, TokenEmbeddingConfig,
 };
 
 /// Configuration of a [`Decoder`]. The defaults are GPT-2's, without biases.
@@ -60,6 +60,9 @@ pub struct DecoderConfig {
     pub dropout: f64,
     /// Which of the earlier tokens a token sees; it sees none of the later ones, whatever this says. Default: all.
     pub pattern: Option<Pattern>,
+    /// How each block attends, where they differ, within the earlier tokens: takes the place of `pattern`. Default: all as
+    /// `pattern` says.
+    pub layers: Option<Vec<LayerAttention>>,
     /// Seed of the initialisation. Default: 0.
     #[config(default = 0)]
     pub seed: u64,
@@ -115,9 +118,17 @@ impl DecoderConfig {
 
     /// Checks the pattern for the longest sequence that there can be, and without batch data: a decoder has none.
     fn check_pattern(&self) -> Result<(), InvalidConfig> {
-        let Some(pattern) = &self.pattern else {
-            return Ok(());
-        };
+        if let Some(layers) = &self.layers {
+            let mut patterns = layers.iter().map(LayerAttention::visible);
+            return patterns.try_for_each(|pattern| self.check_one(&pattern, "layers"));
+        }
+        match &self.pattern {
+            Some(pattern) => self.check_one(pattern, "pattern"),
+            None => Ok(()),
+        }
+    }
+
+    fn check_one(&self, pattern: &Pattern, field: &'static str) -> Result<(), InvalidConfig> {
         let (pattern, length) = match self.max_seq_length() {
             Some(longest) => (pattern.clone(), longest),
             None => (pattern.within(1), 1),
@@ -127,10 +138,7 @@ impl DecoderConfig {
             true => Err(PatternError::ChangesWithLength),
             false => pattern.check(&lengths, &BatchData::new()),
         };
-        checked.map_err(|source| InvalidConfig::Pattern {
-            field: "pattern",
-            source,
-        })
+        checked.map_err(|source| InvalidConfig::Pattern { field, source })
     }
 
     /// Names the largest factor of a model that no memory can hold.
@@ -182,7 +190,11 @@ impl DecoderConfig {
             .with_activation(self.activation)
             .with_bias(self.bias)
             .with_dropout(self.dropout)
-            .with_pattern(pattern);
+            .with_pattern(pattern)
+            .with_layers(self.layers.as_ref().map(|layers| {
+                let layers = layers.iter().cloned();
+                layers.map(LayerAttention::within_past).collect()
+            }));
         self.positions.apply(stack, false)
     }
 }
@@ -243,6 +255,19 @@ impl Decoder {
     /// - output: `[batch_size, seq_length, vocab_size]`
     pub fn project(&self, hidden: Tensor<3>) -> Tensor<3> {
         self.projection().forward(hidden)
+    }
+
+    /// An empty cache of bounded memory: a text of any length can be generated with it, by
+    /// [`Generator::from_cache`](emberlm_core::Generator::from_cache).
+    ///
+    /// # Errors
+    ///
+    /// Learned positions, a relative bias, or a pattern that may look back to any position.
+    pub fn new_ring_cache(&self, positions: CachePositions) -> Result<StackCache, RingError> {
+        match self.embedding.max_seq_length() {
+            Some(max_seq_length) => Err(RingError::LearnedPositions { max_seq_length }),
+            None => self.stack.new_ring_cache(positions, None),
+        }
     }
 
     fn projection(&self) -> Projection {

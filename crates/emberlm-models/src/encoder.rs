@@ -14,7 +14,8 @@ use emberlm_core::{
 };
 
 use crate::{
-    FeedForwardKind, PositionsConfig, Stack, StackConfig, TokenEmbedding, TokenEmbeddingConfig,
+    FeedForwardKind, LayerAttention, PositionsConfig, Stack, StackConfig, TokenEmbedding,
+    TokenEmbeddingConfig,
 };
 
 /// Configuration of an [`Encoder`]. The defaults are BERT's.
@@ -57,6 +58,8 @@ pub struct EncoderConfig {
     /// Which tokens a token sees. Default: all.
     #[config(default = "Pattern::full()")]
     pub pattern: Pattern,
+    /// How each block attends, where they differ: takes the place of `pattern`. Default: all as `pattern` says.
+    pub layers: Option<Vec<LayerAttention>>,
     /// Whether there is a head that scores hidden tokens. Default: true.
     #[config(default = true)]
     pub masked_head: bool,
@@ -119,7 +122,8 @@ impl EncoderConfig {
             .with_activation(self.activation)
             .with_bias(self.bias)
             .with_dropout(self.dropout)
-            .with_pattern(self.pattern.clone());
+            .with_pattern(self.pattern.clone())
+            .with_layers(self.layers.clone());
         self.positions.apply(stack, true)
     }
 }

@@ -6,6 +6,7 @@ mod decoder;
 mod embedding;
 mod encoder;
 mod encoder_decoder;
+mod layer;
 mod stack;
 mod weights;
 
@@ -13,6 +14,7 @@ pub use decoder::{Decoder, DecoderConfig};
 pub use embedding::{PositionsConfig, TokenEmbedding, TokenEmbeddingConfig};
 pub use encoder::{Encoder, EncoderConfig, MaskedHead};
 pub use encoder_decoder::{EncoderDecoder, EncoderDecoderConfig};
+pub use layer::LayerAttention;
 pub use stack::{
     FeedForwardKind, FeedForwardLayer, Mixer, Stack, StackCache, StackConfig, StackSource,
 };

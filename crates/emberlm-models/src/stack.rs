@@ -6,15 +6,18 @@ use burn::{
     tensor::{Device, Tensor},
 };
 use emberlm_attention::{
-    CrossCache, GroupedQueryAttention, GroupedQueryAttentionConfig, MultiHeadAttention,
-    MultiHeadAttentionConfig,
+    CrossCache, GroupedQueryAttention, GroupedQueryAttentionConfig, LongformerAttention,
+    LongformerAttentionConfig, MultiHeadAttention, MultiHeadAttentionConfig,
 };
 use emberlm_core::{
-    Activation, BatchData, Context, CrossInput, CrossMixer, DecodingCache, FeedForward,
-    FeedForwardConfig, GatedMlp, InvalidConfig, KvCache, Lengths, Mlp, Norm, NormConfig,
-    NormPlacement, Pattern, RelativeBias, RelativeBiasConfig, ResidualBlock, ResidualBlockConfig,
-    ResidualStream, RotaryConfig, SequenceMixer, alibi_slopes, assert_valid,
+    Activation, BatchData, CachePositions, Context, CrossInput, CrossMixer, DecodingCache,
+    FeedForward, FeedForwardConfig, GatedMlp, Global, InvalidConfig, KvCache, Lengths, Mlp, Norm,
+    NormConfig, NormPlacement, Pattern, RelativeBias, RelativeBiasConfig, ResidualBlock,
+    ResidualBlockConfig, ResidualStream, RingError, RotaryConfig, SequenceMixer, Window,
+    alibi_slopes, assert_valid,
 };
+
+use crate::LayerAttention;
 
 /// The kind of feed-forward layer.
 #[derive(Config, Debug, Copy, PartialEq, Eq)]
@@ -70,6 +73,8 @@ pub struct StackConfig {
     /// Which keys a query of the sequence itself sees. Default: all.
     #[config(default = "Pattern::full()")]
     pub pattern: Pattern,
+    /// How each block attends, where they differ: takes the place of `pattern`. Default: all as `pattern` says.
+    pub layers: Option<Vec<LayerAttention>>,
     /// Whether each block attends to a source too. Default: false.
     #[config(default = false)]
     pub cross_attention: bool,
@@ -96,7 +101,7 @@ impl StackConfig {
         if let Some(bias) = &self.relative_bias {
             bias.validate()?;
         }
-        self.grouped_query().validate()?;
+        self.check_layers()?;
         self.mlp().validate()?;
         self.block().validate()
     }
@@ -108,7 +113,7 @@ impl StackConfig {
     /// If the config is invalid.
     pub fn init(&self, device: &Device) -> Stack {
         assert_valid(self.validate());
-        let block = |_| {
+        let block = |layer| {
             let cross = self.cross_attention.then(|| {
                 MultiHeadAttentionConfig::new(self.d_model, self.n_heads)
                     .with_scale(self.scale)
@@ -117,7 +122,8 @@ impl StackConfig {
                     .init(device)
             });
             let feed_forward = self.feed_forward_layer(device);
-            (self.block()).init_with_cross(self.mixer(device), cross, feed_forward, device)
+            let mixer = self.mixer(&self.layer(layer), device);
+            (self.block()).init_with_cross(mixer, cross, feed_forward, device)
         };
         let is_pre = self.norm_placement == NormPlacement::Pre;
         let final_norm = self.final_norm.unwrap_or(is_pre);
@@ -153,7 +159,51 @@ impl StackConfig {
         }
     }
 
-    fn grouped_query(&self) -> GroupedQueryAttentionConfig {
+    /// How a block attends.
+    fn layer(&self, layer: usize) -> LayerAttention {
+        match &self.layers {
+            Some(layers) => layers[layer].clone(),
+            None => LayerAttention::pattern(self.pattern.clone()),
+        }
+    }
+
+    fn check_layers(&self) -> Result<(), InvalidConfig> {
+        let n_layers = self.layers.as_ref().map_or(self.n_layers, Vec::len);
+        if n_layers != self.n_layers {
+            return Err(InvalidConfig::Range {
+                field: "layers",
+                range: "one a block",
+                value: n_layers as f64,
+            });
+        }
+        (0..n_layers).try_for_each(|layer| self.check_layer(&self.layer(layer)))
+    }
+
+    fn check_layer(&self, attention: &LayerAttention) -> Result<(), InvalidConfig> {
+        match attention {
+            LayerAttention::Pattern { pattern, repeats } => {
+                self.grouped_query(pattern, repeats).validate()
+            }
+            LayerAttention::Longformer {
+                window,
+                dilations,
+                global,
+                causal,
+            } => {
+                let kv_heads = self.n_kv_heads.unwrap_or(self.n_heads);
+                if kv_heads != self.n_heads || self.scale.is_some() {
+                    return Err(InvalidConfig::Unsupported {
+                        field: "layers",
+                        reason: "Longformer has one key/value head a query head, and the usual scale",
+                    });
+                }
+                self.longformer(*window, dilations, global, *causal)
+                    .validate()
+            }
+        }
+    }
+
+    fn grouped_query(&self, pattern: &Pattern, repeats: &[Pattern]) -> GroupedQueryAttentionConfig {
         GroupedQueryAttentionConfig::new(self.d_model, self.n_heads)
             .with_n_kv_heads(self.n_kv_heads)
             .with_rotary(self.rotary.clone())
@@ -161,24 +211,55 @@ impl StackConfig {
             .with_scale(self.scale)
             .with_bias(self.bias)
             .with_dropout(self.dropout)
-            .with_pattern(self.pattern.clone())
+            .with_pattern(pattern.clone())
+            .with_repeats(repeats.to_vec())
+    }
+
+    fn longformer(
+        &self,
+        window: Window,
+        dilations: &Option<Vec<usize>>,
+        global: &Global,
+        causal: bool,
+    ) -> LongformerAttentionConfig {
+        LongformerAttentionConfig::new(self.d_model, self.n_heads, window)
+            .with_dilations(dilations.clone())
+            .with_global(global.clone())
+            .with_causal(causal)
+            .with_rotary(self.rotary.clone())
+            .with_alibi(self.slopes())
+            .with_bias(self.bias)
+            .with_dropout(self.dropout)
     }
 
     /// Grouped-query attention where something needs it, else multi-head attention.
-    fn mixer(&self, device: &Device) -> Mixer {
-        let grouped_query = self.grouped_query();
-        if grouped_query.rotary.is_some() || grouped_query.kv_heads() != self.n_heads {
-            Mixer::GroupedQuery(grouped_query.init(device))
-        } else {
+    fn mixer(&self, attention: &LayerAttention, device: &Device) -> Mixer {
+        let (pattern, repeats) = match attention {
+            LayerAttention::Longformer {
+                window,
+                dilations,
+                global,
+                causal,
+            } => {
+                let config = self.longformer(*window, dilations, global, *causal);
+                return Mixer::Longformer(config.init(device));
+            }
+            LayerAttention::Pattern { pattern, repeats } => (pattern, repeats),
+        };
+        let grouped_query = self.grouped_query(pattern, repeats);
+        let is_plain = grouped_query.rotary.is_none() && repeats.is_empty();
+        if is_plain && grouped_query.kv_heads() == self.n_heads {
             Mixer::MultiHead(
                 MultiHeadAttentionConfig::new(self.d_model, self.n_heads)
                     .with_alibi(self.slopes())
                     .with_scale(self.scale)
                     .with_bias(self.bias)
                     .with_dropout(self.dropout)
-                    .with_pattern(self.pattern.clone())
+                    .with_pattern(pattern.clone())
                     .init(device),
             )
+        } else {
+            Mixer::GroupedQuery(grouped_query.init(device))
         }
     }
 }
@@ -190,6 +271,18 @@ pub enum Mixer {
     MultiHead(MultiHeadAttention),
     /// Grouped-query attention.
     GroupedQuery(GroupedQueryAttention),
+    /// Longformer's attention.
+    Longformer(LongformerAttention),
+}
+
+impl Mixer {
+    fn new_ring_cache(&self, positions: CachePositions) -> Result<KvCache, RingError> {
+        match self {
+            Self::MultiHead(attention) => attention.new_ring_cache(positions),
+            Self::GroupedQuery(attention) => attention.new_ring_cache(positions),
+            Self::Longformer(attention) => attention.new_ring_cache(positions),
+        }
+    }
 }
 
 impl SequenceMixer for Mixer {
@@ -199,6 +292,7 @@ impl SequenceMixer for Mixer {
         match self {
             Self::MultiHead(attention) => attention.forward(x, context),
             Self::GroupedQuery(attention) => attention.forward(x, context),
+            Self::Longformer(attention) => attention.forward(x, context),
         }
     }
 
@@ -206,6 +300,7 @@ impl SequenceMixer for Mixer {
         match self {
             Self::MultiHead(attention) => attention.forward_cached(x, context, cache),
             Self::GroupedQuery(attention) => attention.forward_cached(x, context, cache),
+            Self::Longformer(attention) => attention.forward_cached(x, context, cache),
         }
     }
 
@@ -213,6 +308,7 @@ impl SequenceMixer for Mixer {
         match self {
             Self::MultiHead(attention) => attention.new_cache(capacity),
             Self::GroupedQuery(attention) => attention.new_cache(capacity),
+            Self::Longformer(attention) => attention.new_cache(capacity),
         }
     }
 }
@@ -435,6 +531,27 @@ impl Stack {
             source,
             padding: None,
         }
+    }
+
+    /// An empty cache of bounded memory for a sequence of any length: each block keeps what later queries see.
+    ///
+    /// # Errors
+    ///
+    /// A relative bias, or a block whose pattern has no bound on the past.
+    pub fn new_ring_cache(
+        &self,
+        positions: CachePositions,
+        source: Option<StackSource>,
+    ) -> Result<StackCache, RingError> {
+        if self.relative_bias.is_some() {
+            return Err(RingError::RelativeBias);
+        }
+        let layer = |block: &Block| block.mixer.new_ring_cache(positions);
+        Ok(StackCache {
+            layers: self.blocks.iter().map(layer).collect::<Result<_, _>>()?,
+            source,
+            padding: None,
+        })
     }
 
     /// Projects a source for all blocks.

@@ -1,6 +1,8 @@
 //! Stacks against torch.nn.Transformer, and the encoder against Hugging Face's BERT: outputs and every gradient.
 //! `fixtures/transformer/generate.py` and `fixtures/bert/convert.py` made the numbers.
 
+mod reference;
+
 use burn::{
     module::Module,
     tensor::{DType, Device, Tensor, TensorData},
@@ -10,9 +12,8 @@ use emberlm_core::{
     NormPlacement, Pattern, TokenBatch,
 };
 use emberlm_models::{Encoder, EncoderConfig, PositionsConfig, Stack, StackConfig};
-use emberlm_testkit::{
-    Fixture, device, gradients_by_name, largest_difference, load_parameters, parameters_by_name,
-};
+use emberlm_testkit::{Fixture, device, largest_difference};
+use reference::{check, check_gradients, hidden_keys, load, padding, with_parameters};
 
 #[derive(Module, Debug)]
 struct Transformer {
@@ -34,71 +35,6 @@ fn transformer(placement: NormPlacement, activation: Activation, device: &Device
             .with_pattern(Pattern::causal())
             .with_cross_attention(true)
             .init(device),
-    }
-}
-
-fn load(path: &str) -> Fixture {
-    let root = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures");
-    Fixture::load(format!("{root}/{path}"))
-}
-
-/// The parameters of a fixture, in `dtype`; they are those that the model has.
-fn with_parameters<M: Module>(model: M, fixture: &Fixture, dtype: DType) -> M {
-    let model = load_parameters(model, |name| {
-        fixture.data(&format!("param.{name}")).convert_dtype(dtype)
-    });
-    let ours: Vec<String> = parameters_by_name(&model).into_keys().collect();
-    assert_eq!(ours, fixture.names("param."));
-    model
-}
-
-/// Which positions hold padding, from `[batch_size, length]` zeros and ones.
-fn padding(fixture: &Fixture, name: &str) -> Vec<Vec<bool>> {
-    let data = fixture.data(name);
-    let length = data.shape()[1];
-    let hidden: Vec<bool> = data.iter::<i64>().map(|value| value == 1).collect();
-    hidden.chunks(length).map(<[bool]>::to_vec).collect()
-}
-
-fn hidden_keys(fixture: &Fixture, name: &str) -> BatchData {
-    BatchData::new().with_hidden_keys(padding(fixture, name))
-}
-
-fn check(fixture: &Fixture, name: &str, actual: &TensorData, tolerance: f64) {
-    let difference = largest_difference(actual, &fixture.data(name));
-    assert!(
-        difference <= tolerance,
-        "{name}: largest difference {difference:e}"
-    );
-}
-
-fn largest_magnitude(data: &TensorData) -> f64 {
-    data.iter::<f64>()
-        .fold(0.0, |largest, x| largest.max(x.abs()))
-}
-
-/// Every gradient. Those of the keys' biases are zero but for rounding on both sides, small beside those of the queries'
-/// biases: a shift of all keys changes no softmax.
-fn check_gradients<M: Module>(
-    model: &M,
-    gradients: &burn::tensor::Gradients,
-    fixture: &Fixture,
-    tolerance: f64,
-) {
-    let gradients = gradients_by_name(model, gradients);
-    assert_eq!(gradients.len(), fixture.names("param.").len());
-    for (name, gradient) in &gradients {
-        match name.strip_suffix("key.bias") {
-            Some(layer) => {
-                let query = fixture.data(&format!("grad.{layer}query.bias"));
-                let rounding = largest_magnitude(gradient);
-                assert!(
-                    rounding <= tolerance * largest_magnitude(&query),
-                    "grad.{name} is {rounding:e}, not zero"
-                );
-            }
-            None => check(fixture, &format!("grad.{name}"), gradient, tolerance),
-        }
     }
 }
 
