@@ -13,7 +13,7 @@ use clap::Parser;
 use emberlm::core::{
     CachedModel, GenerationError, Generator, SamplingConfig, StopStrings, Utf8Stream,
 };
-use emberlm_examples::{LoadedRun, RunModel, choose_device, exit_with};
+use emberlm_examples::{AttentionChoice, CacheKind, LoadedRun, RunModel, choose_device, exit_with};
 
 /// Write text with a trained model
 #[derive(Parser)]
@@ -49,6 +49,12 @@ struct Args {
     /// Stop before this string; may be given several times
     #[arg(long, value_name = "STRING")]
     stop: Vec<String>,
+    /// What is kept of the text: dense keeps all, the others what the pattern shows to later tokens
+    #[arg(long, value_enum, default_value = "dense")]
+    cache: CacheKind,
+    /// Which tokens a token sees, instead of what the model was trained with
+    #[arg(long, value_name = "PATTERN")]
+    pattern: Option<AttentionChoice>,
     /// Seed of the draws
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -78,7 +84,7 @@ fn generate(args: &Args) -> Result<(), AnyError> {
         return Err(GenerationError::EmptyPrompt.into());
     }
     let (device_name, device) = choose_device(args.device.as_deref())?;
-    let run = LoadedRun::load(&args.run, &device)?;
+    let run = LoadedRun::load_with(&args.run, args.pattern.as_ref(), &device)?;
     let RunModel::Decoder(model) = &run.model else {
         return Err(run.unfit(&args.run));
     };
@@ -86,8 +92,14 @@ fn generate(args: &Args) -> Result<(), AnyError> {
     eprintln!("device: {device_name}");
 
     let prompt = tokenizer.encode(&args.prompt);
-    let mut generator =
-        Generator::new(model, &prompt, args.max_tokens as usize, sampling, &device)?;
+    let max_tokens = args.max_tokens as usize;
+    let mut generator = match args.cache.positions() {
+        None => Generator::new(model, &prompt, max_tokens, sampling, &device)?,
+        Some(positions) => {
+            let cache = model.new_ring_cache(positions)?;
+            Generator::from_cache(model, cache, &prompt, max_tokens, sampling, &device)?
+        }
+    };
     let mut characters = Utf8Stream::new();
     let begin = Instant::now();
     let mut n_tokens = 0;

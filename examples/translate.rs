@@ -27,7 +27,7 @@ use emberlm::{
 use emberlm_examples::{
     Course, HoldOut, HoldOutKind, Nearest, Search, Sentences, Stop, TokenizerRecord,
     TranslationConfig, TranslationOverrides, Translator, Watched, Work, announce_resume,
-    check_writable, choose_device, complain, draw_attention, evaluate_unless_stopped, exit_with,
+    check_writable, choose_device, complain, draw_attention, evaluate_unless_stopped, exit_code,
     export, final_figures, from_checkpoint, open_folder, prepare, say, say_figures, serve, train,
     write_json,
 };
@@ -118,13 +118,7 @@ type AnyError = Box<dyn std::error::Error>;
 
 fn main() -> ExitCode {
     emberlm::kernels::keep_freed_memory();
-    let args = Args::parse();
-    let mut code = ExitCode::SUCCESS;
-    let result = translate(&args).map(|exit| code = exit);
-    match result {
-        Ok(()) => code,
-        Err(error) => exit_with(Err::<(), _>(error)),
-    }
+    exit_code(translate(&Args::parse()))
 }
 
 fn translate(args: &Args) -> Result<ExitCode, AnyError> {

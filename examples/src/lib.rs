@@ -1,5 +1,6 @@
 //! What the programs share: devices, presets, signals, output, plots.
 
+mod attention_choice;
 mod attention_map;
 mod comparison;
 mod device;
@@ -12,21 +13,24 @@ mod nearest;
 mod objective_kind;
 pub mod plot;
 mod preset;
+mod pretraining;
 mod run_config;
 mod say;
 mod sentences;
 mod sliding;
 mod stop;
+mod stream;
 mod training_run;
 mod translation_config;
 mod translator;
 mod twin;
 mod work;
 
+pub use attention_choice::{AttentionChoice, ParseAttentionError};
 pub use attention_map::draw_attention;
 pub use comparison::{CompareArguments, CompareError, compare};
 pub use device::{DeviceError, choose_device};
-pub use exit::exit_with;
+pub use exit::{exit_code, exit_with};
 pub use filling::{Completion, FillError, Sentence, fill_masked, fill_spans};
 pub use loaded_run::{LoadedRun, RunModel};
 pub use masked_accuracy::{MaskedAccuracy, NeighbourTable, masked_accuracy};
@@ -34,11 +38,13 @@ pub use model_config::ModelConfig;
 pub use nearest::Nearest;
 pub use objective_kind::{ObjectiveKind, Vocabulary, text_with_special_tokens};
 pub use preset::Preset;
+pub use pretraining::{Place, Pretraining, Shown, Start, announce_text};
 pub use run_config::{ConfigError, Overrides, RunConfig, Sections, TokenizerRecord, write_json};
 pub use say::{complain, say};
 pub use sentences::{BEGIN, END, NoSpecialToken, Sentences};
 pub use sliding::{Score, SlidingConfig, SlidingError, score};
 pub use stop::{Stop, keep_ctrl_c};
+pub use stream::{CacheKind, score_stream};
 pub use training_run::{
     Course, Watched, announce_resume, check_writable, evaluate_unless_stopped, final_figures,
     from_checkpoint, open_folder, prepare, say_figures, train,

@@ -9,7 +9,7 @@ use emberlm::{
     training::{RunFolder, Trainable},
 };
 
-use crate::{ModelConfig, RunConfig, from_checkpoint};
+use crate::{AttentionChoice, ModelConfig, RunConfig, from_checkpoint};
 
 /// A trained model of any architecture.
 #[expect(
@@ -44,6 +44,19 @@ impl LoadedRun {
     ///
     /// A folder without a run or weights, or files that are damaged.
     pub fn load(run: &Path, device: &Device) -> Result<Self, AnyError> {
+        Self::load_with(run, None, device)
+    }
+
+    /// As [`load`](Self::load), with another attention than the model was trained with: a pattern has no weights.
+    ///
+    /// # Errors
+    ///
+    /// As [`load`](Self::load), and attention that the model cannot have.
+    pub fn load_with(
+        run: &Path,
+        attention: Option<&AttentionChoice>,
+        device: &Device,
+    ) -> Result<Self, AnyError> {
         if !run.join(RunFolder::CONFIG).is_file() {
             return Err(format!(
                 "{} holds no run: give the folder that pretrain wrote",
@@ -51,7 +64,12 @@ impl LoadedRun {
             )
             .into());
         }
-        let config = RunConfig::read(&run.join(RunFolder::CONFIG))?;
+        let mut config = RunConfig::read(&run.join(RunFolder::CONFIG))?;
+        if let Some(attention) = attention {
+            attention.apply(&mut config.model);
+            let validated = config.model.validate();
+            validated.map_err(|error| format!("--pattern {attention}: {error}"))?;
+        }
         let tokenizer = config.load_tokenizer(run)?;
         let model = match &config.model {
             ModelConfig::Decoder(model) => {

@@ -15,7 +15,7 @@ use serde_json::{Map, Value};
 use thiserror::Error;
 
 use crate::{
-    ModelConfig, ObjectiveKind, Preset, Vocabulary,
+    AttentionChoice, ModelConfig, ObjectiveKind, Preset, Vocabulary,
     model_config::{ARCHITECTURE, FieldError, parse_value},
     preset::N_BYTE_VALUES,
 };
@@ -111,6 +111,8 @@ pub struct Overrides {
     pub documents: bool,
     /// A named model and plan.
     pub preset: Option<Preset>,
+    /// Which tokens a token sees.
+    pub attention: Option<AttentionChoice>,
     /// A JSON file with fields of `model` and `training`.
     pub file: Option<PathBuf>,
     /// Number of steps.
@@ -371,6 +373,9 @@ impl Overrides {
         training.seq_length = self.seq_length.unwrap_or(training.seq_length);
         training.checkpoint_every = self.checkpoint_every.unwrap_or(training.checkpoint_every);
         training.seed = self.seed.unwrap_or(training.seed);
+        if let Some(attention) = &self.attention {
+            attention.apply(&mut sections.model);
+        }
         if let Some(seed) = self.seed {
             sections.model.set_seed(seed);
         }
@@ -429,6 +434,19 @@ impl RunConfig {
     /// Another choice, or a file that is missing or no tokenizer.
     pub fn check_tokenizer(&self, asked: &TokenizerChoice) -> Result<(), ConfigError> {
         TokenizerRecord::check(self.tokenizer.as_ref(), asked)
+    }
+
+    /// The first document whose content is not what the run began with.
+    pub fn changed_document(&self, now: &[Fingerprint]) -> Option<String> {
+        let content = |documents: &[Fingerprint]| -> Vec<(u64, u32)> {
+            documents.iter().map(|d| (d.bytes, d.crc32)).collect()
+        };
+        let (before, after) = (content(&self.documents), content(now));
+        let first = before.iter().zip(&after).position(|(a, b)| a != b);
+        let first =
+            first.or((before.len() != after.len()).then(|| before.len().min(after.len())))?;
+        let document = now.get(first).or_else(|| self.documents.get(first))?;
+        Some(document.path.display().to_string())
     }
 
     fn n_tokens(&self) -> usize {

@@ -13,8 +13,8 @@ use emberlm_core::{
 };
 
 use crate::{
-    FeedForwardKind, PositionsConfig, Stack, StackCache, StackConfig, StackSource, TokenEmbedding,
-    TokenEmbeddingConfig, decoder::projected_loss,
+    FeedForwardKind, LayerAttention, PositionsConfig, Stack, StackCache, StackConfig, StackSource,
+    TokenEmbedding, TokenEmbeddingConfig, decoder::projected_loss,
 };
 
 /// Configuration of an [`EncoderDecoder`]. The defaults are those of Vaswani et al. 2017, but that the norms stand before.
@@ -38,6 +38,9 @@ pub struct EncoderDecoderConfig {
     /// Positions of both. Default: sinusoids, with embeddings times `sqrt(d_model)`.
     #[config(default = "PositionsConfig::Sinusoidal")]
     pub positions: PositionsConfig,
+    /// How each block of the encoder attends to the source, where not to all of it: with Longformer's blocks this is LED
+    /// (Beltagy et al. 2020, section 7, <https://arxiv.org/abs/2004.05150>). Default: to all.
+    pub encoder_layers: Option<Vec<LayerAttention>>,
     /// Norm. Default: layer norm with bias, epsilon 1e-5.
     #[config(default = "NormConfig::Layer { epsilon: 1e-5, bias: true }")]
     pub norm: NormConfig,
@@ -79,6 +82,7 @@ impl EncoderDecoderConfig {
             ("source_vocab_size", self.source_vocab_size.unwrap_or(1)),
         ])?;
         self.embedding(self.vocab_size).validate()?;
+        self.encoder().validate()?;
         self.decoder().validate()
     }
 
@@ -123,6 +127,7 @@ impl EncoderDecoderConfig {
 
     fn encoder(&self) -> StackConfig {
         let stack = self.stack(self.n_encoder_layers);
+        let stack = stack.with_layers(self.encoder_layers.clone());
         self.positions.apply(stack, true)
     }
 
