@@ -411,8 +411,17 @@ impl RunConfig {
     /// A file that cannot be read, or is no valid configuration.
     pub fn read(path: &Path) -> Result<Self, ConfigError> {
         let config: Self = parse(path, &read(path)?)?;
-        config.sections().validate(config.n_tokens())?;
+        config.validate()?;
         Ok(config)
+    }
+
+    /// Checks the fields against each other.
+    ///
+    /// # Errors
+    ///
+    /// Those of the model, the objective and the plan.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        self.sections().validate(self.n_tokens())
     }
 
     /// The tokenizer of the run in the folder `run`.

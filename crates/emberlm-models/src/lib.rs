@@ -7,6 +7,7 @@ mod embedding;
 mod encoder;
 mod encoder_decoder;
 mod layer;
+mod lengthen;
 mod stack;
 mod weights;
 
