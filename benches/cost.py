@@ -2,9 +2,11 @@
 
     cargo build --release -p emberlm-bench
     python cost.py
+    python cost.py --longest 65536 --step     # also training steps of a decoder with a window
 
 The exponent is the slope of a line through the logarithms of lengths and median times. Strided and fixed patterns take
-a stride of the square root of the length, as in Child et al. 2019.
+a stride of the square root of the length, as in Child et al. 2019. Memory is the peak of a call over the bytes of query,
+key and value; of a training step, the peak beyond model and optimizer state.
 """
 
 import argparse
@@ -16,7 +18,6 @@ import sys
 from pathlib import Path
 
 TARGET = Path(os.environ.get("CARGO_TARGET_DIR", Path(__file__).resolve().parent.parent / "target"))
-BENCH = TARGET / "release" / "attention"
 PATTERNS = ["window:256", "dilated:256:2", "bigbird:64:3", "strided:{}", "fixed:{}:8", "causal"]
 
 
@@ -27,28 +28,57 @@ def slope(points):
     return sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys)) / sum((x - mean_x) ** 2 for x in xs)
 
 
+def figures(program, *arguments):
+    """What a program of ours measures."""
+    path = TARGET / "release" / program
+    if not path.exists():
+        sys.exit(f"{path} does not exist: run cargo build --release -p emberlm-bench first")
+    return json.loads(subprocess.run([str(path), "--json", *map(str, arguments)], check=True, capture_output=True).stdout)
+
+
+def report(name, times, cells):
+    """Prints the exponent of (length, time) pairs, and what each length took."""
+    exponent = f"exponent {slope(times):.2f}" if len(times) > 1 else "no exponent of one length"
+    print(f"{name:<14} {exponent}   " + "; ".join(cells), flush=True)
+
+
+def attention(pattern, lengths, args):
+    times, cells = [], []
+    for length in lengths:
+        if pattern == "causal" and length > args.longest_dense:
+            continue
+        word = pattern.format(round(math.sqrt(length)))
+        measured = figures("attention", "--backward", "--pattern", word, "--seq", length, "--repeats", args.repeats)
+        times.append((length, measured["median_ms"]))
+        cells.append(f"{length}: {measured['median_ms']:.0f} ms, memory {measured['peak_ratio']:.2f}")
+    report(pattern, times, cells)
+
+
+def training_step(lengths, args):
+    times, cells = [], []
+    for length in lengths:
+        measured = figures("sparse", "--step", "--length", length, "--repeats", args.repeats)
+        times.append((length, measured["median_s"]))
+        cells.append(f"{length}: {measured['median_s']:.2f} s, {measured['peak_bytes'] / 2**20:.0f} MiB")
+    report("step", times, cells)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lengths", default="2048,4096,8192,16384,32768")
+    parser.add_argument("--longest", type=int, default=32768, help="lengths from 2048 on, doubling (%(default)s)")
+    parser.add_argument("--lengths", type=lambda text: [int(x) for x in text.split(",")], help="these instead")
     parser.add_argument("--longest-dense", type=int, default=8192, help="causal attention up to this length")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--patterns", default=",".join(PATTERNS))
+    parser.add_argument("--patterns", type=lambda text: text.split(","), default=PATTERNS)
+    parser.add_argument("--step", action="store_true", help="also the training step of sparse --step")
     args = parser.parse_args()
-    if not BENCH.exists():
-        sys.exit(f"{BENCH} does not exist: run cargo build --release -p emberlm-bench first")
-    for pattern in args.patterns.split(","):
-        times, cells = [], []
-        for length in map(int, args.lengths.split(",")):
-            if pattern == "causal" and length > args.longest_dense:
-                continue
-            word = pattern.format(round(math.sqrt(length)))
-            command = [str(BENCH), "--json", "--backward", "--pattern", word, "--seq", str(length)]
-            command += ["--repeats", str(args.repeats)]
-            figures = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-            times.append((length, figures["median_ms"]))
-            cells.append(f"{length}: {figures['median_ms']:.0f} ms, memory {figures['peak_ratio']:.2f}")
-        exponent = f"exponent {slope(times):.2f}" if len(times) > 1 else "no exponent of one length"
-        print(f"{pattern:<14} {exponent}   " + "; ".join(cells), flush=True)
+    lengths = args.lengths or [length for length in (2048 << i for i in range(20)) if length <= args.longest]
+    if not lengths:
+        parser.error("--longest is at least 2048")
+    for pattern in args.patterns:
+        attention(pattern, lengths, args)
+    if args.step:
+        training_step(lengths, args)
 
 
 if __name__ == "__main__":

@@ -12,44 +12,25 @@ Hugging Face's Longformer with identity projections.
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
-import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-HERE = Path(__file__).resolve().parent
-TARGET = Path(os.environ.get("CARGO_TARGET_DIR", HERE.parent.parent / "target"))
-BENCH = TARGET / "release" / "attention"
-HEADS, WIDTH, WINDOW, THREADS = 8, 64, 256, 2
+from common import THREADS, in_turn, last_json, program, timed
+
+HEADS, WIDTH, WINDOW = 8, 64, 256
 
 
-def ours(pattern, length, backward, repeats):
-    command = [str(BENCH), "--json", "--pattern", pattern, "--seq", str(length), "--repeats", str(repeats)]
-    if backward:
-        command.append("--backward")
-    two_threads = {**os.environ, "RAYON_NUM_THREADS": str(THREADS)}
-    output = subprocess.run(command, check=True, capture_output=True, text=True, env=two_threads).stdout
-    return json.loads(output)["median_ms"]
+def ours(command, pattern, length, backward, repeats):
+    arguments = ["--json", "--pattern", pattern, "--seq", str(length), "--repeats", str(repeats)]
+    return last_json([command, *arguments, *(["--backward"] if backward else [])])["median_ms"]
 
 
 def inputs(length):
     torch.manual_seed(0)
     return [torch.rand(1, HEADS, length, WIDTH) * 2 - 1 for _ in range(3)]
-
-
-def timed(run, repeats):
-    run()
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        run()
-        times.append((time.perf_counter() - begin) * 1e3)
-    return statistics.median(times)
 
 
 def passes(attend, length, backward):
@@ -81,13 +62,20 @@ def dense_window(length):
     return lambda query, key, value: F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
+def compiled_flex(mask):
+    """FlexAttention of a mask, compiled. It has no backward pass on CPUs, and is slow ever after one was tried."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    # With sizes as variables, which a second mask in one process asks for, PyTorch 2.15 writes C++ that does not compile.
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda query, key, value: compiled(query, key, value, block_mask=mask)
+
+
 def flex_window(length):
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import create_block_mask
 
     near = lambda b, h, i, j: (i - j).abs() <= WINDOW
-    mask = create_block_mask(near, None, None, length, length, device="cpu")
-    compiled = torch.compile(flex_attention)
-    return lambda query, key, value: compiled(query, key, value, block_mask=mask)
+    return compiled_flex(create_block_mask(near, None, None, length, length, device="cpu"))
 
 
 def longformer_core(length):
@@ -147,23 +135,22 @@ def main():
     parser.add_argument("--repeats", type=int, default=5, help="counted repeats of each side a round")
     parser.add_argument("--json", action="store_true", help="lines of JSON instead of the table")
     args = parser.parse_args()
-    if not BENCH.exists():
-        sys.exit(f"{BENCH} does not exist: run cargo build --release -p emberlm-bench first")
+    command = program("attention", "-p emberlm-bench")
     torch.set_num_threads(THREADS)
     for name, pattern, length, backward, make in cases(args.what, args.lengths):
         peer = passes(make(length), length, backward)
-        here, there = [], []
-        for _ in range(args.rounds):
-            here.append(ours(pattern, length, backward, args.repeats))
-            there.append(timed(peer, args.repeats))
-        ratio = statistics.median(b / a for a, b in zip(here, there))
+        here, there, ratio = in_turn(
+            lambda: ours(command, pattern, length, backward, args.repeats),
+            lambda: statistics.median(timed(peer, args.repeats)),
+            args.rounds,
+        )
         figures = {
             "pattern": pattern,
             "length": length,
             "backward": backward,
             "peer": name,
-            "emberlm_ms": round(statistics.median(here), 2),
-            "peer_ms": round(statistics.median(there), 2),
+            "emberlm_ms": round(here, 2),
+            "peer_ms": round(there, 2),
             "ratio": round(ratio, 2),
         }
         if args.json:

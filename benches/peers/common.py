@@ -48,6 +48,15 @@ def timed(call, repeats):
     return times[2:]
 
 
+def in_turn(ours, theirs, rounds):
+    """The median milliseconds of two sides that take turns, each a function that gives them, and the median ratio."""
+    here, there = [], []
+    for _ in range(rounds):
+        here.append(ours())
+        there.append(theirs())
+    return statistics.median(here), statistics.median(there), statistics.median(b / a for a, b in zip(here, there))
+
+
 def burn_names(model):
     """By name of our parameter: Burn's name of it, and whether Burn keeps it transposed."""
     from torch import nn

@@ -4,7 +4,6 @@
 //! cargo run --release -p emberlm-bench -- --preset tiny --steps 20
 
 mod shapes;
-mod usage;
 
 use std::{error::Error, process::ExitCode, time::Instant};
 
@@ -16,22 +15,19 @@ use burn::{
         transformer::{TransformerEncoder, TransformerEncoderConfig, TransformerEncoderInput},
     },
     optim::{AdamWConfig, GradientsParams, ModuleOptimizer},
-    tensor::{Device, Int, Tensor, TensorData},
-    train::TrainStep,
+    tensor::{Device, Int, Tensor},
 };
 use clap::Parser;
 use emberlm::{
     core::{CausalModel, CrossEntropyConfig, RandomKey},
     models::DecoderConfig,
-    training::{LanguageModel, TokenBatch, TrainingConfig, adamw, global_norm, scale_gradients},
+    training::{LanguageModel, TokenBatch, adamw},
 };
+use emberlm_bench::{MemoryRise, cpu_seconds, median, random_batch, train_step};
 use emberlm_examples::{choose_device, exit_with};
 use serde::Serialize;
 
-use crate::{
-    shapes::Shape,
-    usage::{MemoryRise, cpu_seconds},
-};
+use crate::shapes::Shape;
 
 /// Time training steps beside plain Burn
 #[derive(Parser)]
@@ -97,12 +93,12 @@ struct Runner {
 impl Runner {
     fn new(contender: Contender, shape: Shape, device: &Device) -> Self {
         let (config, training) = shape.resolve();
-        let batch = batch(&training, config.vocab_size, device);
+        let batch = random_batch(&training, config.vocab_size, device);
         let step: Box<dyn FnMut()> = match contender {
             Contender::Emberlm => {
                 let mut model = LanguageModel::new(config.init(device), 0.0, 0.0);
                 let mut optimizer = adamw(&training, &model);
-                Box::new(move || our_step(&mut model, &mut optimizer, batch.clone()))
+                Box::new(move || train_step(&mut model, &mut optimizer, batch.clone()))
             }
             Contender::PlainBurn => {
                 let mut model = PlainBurn::new(&config, training.seq_length, device);
@@ -203,30 +199,6 @@ impl CausalModel for PlainBurn {
     }
 }
 
-fn batch(training: &TrainingConfig, vocab_size: usize, device: &Device) -> TokenBatch {
-    let shape = [training.batch_size, training.seq_length];
-    let tokens = |seed| {
-        let key = RandomKey::new(seed);
-        let values: Vec<i32> = (0..training.tokens_per_step() as u64)
-            .map(|i| key.below(i, vocab_size as u64) as i32)
-            .collect();
-        Tensor::from_data(TensorData::new(values, shape), device)
-    };
-    TokenBatch::new(tokens(1), tokens(2))
-}
-
-/// The whole step of EmberLM's trainer: forward, backward, norm, clip, AdamW.
-fn our_step<M>(model: &mut LanguageModel<M>, optimizer: &mut ModuleOptimizer, batch: TokenBatch)
-where
-    M: emberlm::training::Trainable,
-{
-    let output = TrainStep::step(model, batch);
-    let n_targets = output.item.n_targets;
-    let norm = global_norm(model, &output.grads) / n_targets;
-    let gradients = scale_gradients(model, output.grads, (1.0 / norm).min(1.0) / n_targets);
-    *model = optimizer.step(1e-3, model.clone(), gradients);
-}
-
 /// What a Burn user's loop does: forward, backward, AdamW; no global clip, which Burn lacks.
 fn plain_step(model: &mut PlainBurn, optimizer: &mut ModuleOptimizer, batch: TokenBatch) {
     let logits = model.forward(batch.inputs, None);
@@ -241,11 +213,6 @@ fn plain_step(model: &mut PlainBurn, optimizer: &mut ModuleOptimizer, batch: Tok
     let gradients = GradientsParams::from_grads(loss.backward(), model);
     *model = optimizer.step(1e-3, model.clone(), gradients);
     let _: f32 = loss.into_scalar();
-}
-
-fn median(mut seconds: Vec<f64>) -> f64 {
-    seconds.sort_by(f64::total_cmp);
-    seconds[seconds.len() / 2]
 }
 
 fn main() -> ExitCode {

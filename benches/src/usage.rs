@@ -4,7 +4,7 @@ use std::fs;
 
 /// User and system time of all threads so far, in seconds; nothing where the system does not tell.
 #[cfg(unix)]
-pub(crate) fn cpu_seconds() -> Option<f64> {
+pub fn cpu_seconds() -> Option<f64> {
     use nix::sys::{
         resource::{UsageWho, getrusage},
         time::TimeValLike,
@@ -17,18 +17,19 @@ pub(crate) fn cpu_seconds() -> Option<f64> {
 
 /// User and system time of all threads so far, in seconds; nothing where the system does not tell.
 #[cfg(not(unix))]
-pub(crate) fn cpu_seconds() -> Option<f64> {
+pub fn cpu_seconds() -> Option<f64> {
     None
 }
 
 /// How far the resident memory rises from here on.
-pub(crate) struct MemoryRise {
+#[derive(Debug)]
+pub struct MemoryRise {
     resident: u64,
 }
 
 impl MemoryRise {
     /// Gives free memory back to the system and begins a new high-water mark; nothing where the system does not tell.
-    pub(crate) fn begin() -> Option<Self> {
+    pub fn begin() -> Option<Self> {
         // Else what the allocator keeps counts as resident before the steps that use it again.
         emberlm::kernels::give_back_freed_memory();
         let resident = status_bytes("VmRSS:")?;
@@ -38,9 +39,14 @@ impl MemoryRise {
     }
 
     /// The highest mark above the beginning, in bytes.
-    pub(crate) fn bytes(&self) -> Option<u64> {
-        Some(status_bytes("VmHWM:")?.saturating_sub(self.resident))
+    pub fn bytes(&self) -> Option<u64> {
+        Some(peak_resident_bytes()?.saturating_sub(self.resident))
     }
+}
+
+/// The most that was resident of the process so far, in bytes; nothing where the system does not tell.
+pub fn peak_resident_bytes() -> Option<u64> {
+    status_bytes("VmHWM:")
 }
 
 /// A size from Linux's table of the process.

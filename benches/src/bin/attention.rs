@@ -4,12 +4,13 @@
 
 use std::{sync::Arc, time::Instant};
 
-use burn::tensor::{DType, Device, Tensor, TensorData};
+use burn::tensor::{DType, Device, Tensor};
 use clap::{Parser, ValueEnum};
 use emberlm::{
     attention::{AttendOptions, Implementation, attend_by},
-    core::{BatchData, BlockSizes, Lengths, Pattern, RandomKey, Schedule},
+    core::{BatchData, BlockSizes, Lengths, Pattern, Schedule},
 };
+use emberlm_bench::{Pass, check_size, time, uniform};
 use emberlm_examples::{choose_device, exit_with};
 use peak_alloc::PeakAlloc;
 use serde::Serialize;
@@ -48,7 +49,7 @@ struct Args {
     /// Forward and backward pass under autodiff, instead of the forward pass alone
     #[arg(long)]
     backward: bool,
-    /// Repeats, after one that is not counted
+    /// Repeats at least, after two that are not counted, and for 0.3 seconds at least
     #[arg(long, default_value_t = 7)]
     repeats: usize,
     /// Device
@@ -88,10 +89,12 @@ struct Figures {
     device: String,
     median_ms: f64,
     min_ms: f64,
+    /// Pairs of a query and a key, of all heads.
+    n_visible: u64,
     /// Of visible pairs alone: `4 d` each forward, `14 d` forward and backward.
     gflops: f64,
     /// Bytes at the peak beyond those of query, key and value.
-    peak_bytes: u64,
+    peak_bytes: usize,
     /// The same over the bytes of query, key and value.
     peak_ratio: f64,
     schedule_ms: f64,
@@ -109,6 +112,7 @@ fn run(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
     if args.seq == 0 || args.repeats == 0 || kv_heads == 0 || !args.heads.is_multiple_of(kv_heads) {
         return Err("--seq and --repeats are at least 1, and --kv-heads divides --heads".into());
     }
+    check_size(&[args.batch, args.heads, args.seq, args.d_head])?;
     let (pattern, data) = pattern(args)?;
     let lengths = Lengths::square(args.seq)
         .with_batch_size(args.batch)
@@ -135,43 +139,19 @@ fn run(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
     let d_output = input(args, args.heads, 4, &at);
     let inputs_bytes = bytes(&query) + bytes(&key) + bytes(&value);
 
-    let mut times = Vec::new();
-    let mut peak = 0;
-    for repeat in 0..=args.repeats {
-        let [query, key, value] = [&query, &key, &value].map(|input| {
-            let input = input.clone();
-            if args.backward {
-                input.require_grad()
-            } else {
-                input
-            }
-        });
-        let before = MEMORY.current_usage();
-        MEMORY.reset_peak_usage();
-        let begin = Instant::now();
-        let output = attend_by(
-            implementation,
-            query.clone(),
-            key.clone(),
-            value.clone(),
-            &schedule,
-            &AttendOptions::default(),
-        );
-        if args.backward {
-            let gradients = (output * d_output.clone()).sum().backward();
-            for input in [query, key, value] {
-                input.grad(&gradients).ok_or("an input has no gradient")?;
-            }
-        }
-        at.sync()?;
-        let time = begin.elapsed().as_secs_f64() * 1e3;
-        if repeat > 0 {
-            times.push(time);
-        }
-        peak = peak.max(MEMORY.peak_usage().saturating_sub(before));
+    let pass = Pass {
+        backward: args.backward,
+    };
+    let times = time(&MEMORY, &at, args.repeats, || {
+        let [query, key, value] = [&query, &key, &value].map(|input| pass.leaf(input));
+        let options = AttendOptions::default();
+        let output = attend_by(implementation, query, key, value, &schedule, &options);
+        pass.end_with(output, &d_output);
+    })?;
+    let mut flops = statistics.forward_flops(args.d_head);
+    if args.backward {
+        flops += statistics.backward_flops(args.d_head);
     }
-    times.sort_by(f64::total_cmp);
-    let per_pair = if args.backward { 14.0 } else { 4.0 } * args.d_head as f64;
     let figures = Figures {
         pattern: args.pattern.clone(),
         batch: args.batch,
@@ -182,11 +162,12 @@ fn run(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
         backward: args.backward,
         implementation: format!("{implementation:?}").to_lowercase(),
         device: device_name.to_string(),
-        median_ms: times[times.len() / 2],
-        min_ms: times[0],
-        gflops: per_pair * statistics.n_visible as f64 / times[times.len() / 2] / 1e6,
-        peak_bytes: peak as u64,
-        peak_ratio: peak as f64 / inputs_bytes as f64,
+        median_ms: times.median_ms,
+        min_ms: times.min_ms,
+        n_visible: statistics.n_visible,
+        gflops: flops as f64 / times.median_ms / 1e6,
+        peak_bytes: times.peak_bytes,
+        peak_ratio: times.peak_bytes as f64 / inputs_bytes as f64,
         schedule_ms,
         density: statistics.density,
     };
@@ -228,18 +209,13 @@ fn pattern(args: &Args) -> Result<(Pattern, BatchData), Box<dyn std::error::Erro
 
 fn input(args: &Args, n_heads: usize, seed: u64, device: &Device) -> Tensor<4> {
     let shape = [args.batch, n_heads, args.seq, args.d_head];
-    let key = RandomKey::new(seed);
-    let n_elements: usize = shape.iter().product();
-    let values: Vec<f32> = (0..n_elements as u64)
-        .map(|i| key.uniform(i) as f32 * 2.0 - 1.0)
-        .collect();
     let dtype = match args.dtype {
         Dtype::F64 => DType::F64,
         Dtype::F32 => DType::F32,
         Dtype::F16 => DType::F16,
         Dtype::Bf16 => DType::BF16,
     };
-    Tensor::from_data(TensorData::new(values, shape), (device, dtype))
+    uniform(shape, seed, device, dtype)
 }
 
 fn bytes(tensor: &Tensor<4>) -> usize {

@@ -8,11 +8,7 @@
 //! takes by itself. Of an operator with two outputs it can begin at one tensor only, so `add_norm` ends with their sum, on both
 //! sides. Gradients and outputs are freed in the timed part.
 
-use std::{
-    error::Error,
-    process::ExitCode,
-    time::{Duration, Instant},
-};
+use std::{error::Error, process::ExitCode};
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use clap::{Parser, ValueEnum};
@@ -27,6 +23,7 @@ use emberlm::{
     },
     kernels::{is_host, keep_freed_memory},
 };
+use emberlm_bench::{Pass, Times, check_size, time, uniform};
 use emberlm_examples::{choose_device, exit_with};
 use peak_alloc::PeakAlloc;
 use serde::Serialize;
@@ -38,12 +35,6 @@ static MEMORY: PeakAlloc = PeakAlloc;
 const D_HEAD: usize = 64;
 const DROPOUT: f64 = 0.1;
 const EPSILON: f64 = 1e-5;
-/// Elements of the largest tensor: beyond it a typing error is likelier than a machine that has the memory.
-const MAX_ELEMENTS: usize = 1 << 30;
-/// Repeats that do not count: the first ones allocate.
-const UNCOUNTED: usize = 2;
-/// However short a call is, it is repeated for so long: a few milliseconds would show the moment, not the operator.
-const AT_LEAST: Duration = Duration::from_millis(300);
 
 /// Time an operator of a layer
 #[derive(Parser)]
@@ -226,12 +217,6 @@ fn numbers(op: Op, rows: usize, width: usize, vocab: usize, backward: bool) -> u
     forward + if backward { further } else { 0 }
 }
 
-struct Times {
-    median_ms: f64,
-    min_ms: f64,
-    peak_bytes: usize,
-}
-
 /// What is timed, and where.
 struct Bench<'a> {
     args: &'a Args,
@@ -267,12 +252,7 @@ impl<'a> Bench<'a> {
             _ => {}
         }
         for (a, b) in sizes {
-            if a.checked_mul(b).is_none_or(|n| n > MAX_ELEMENTS) {
-                return Err(format!(
-                    "a tensor of [{a}, {b}] is too large: it may have {MAX_ELEMENTS} elements"
-                )
-                .into());
-            }
+            check_size(&[a, b])?;
         }
         let (device_name, device) = choose_device(args.device.as_deref())?;
         let implementation = match args.implementation {
@@ -444,25 +424,7 @@ impl<'a> Bench<'a> {
     }
 
     fn time(&self, call: Box<dyn Fn()>) -> Result<Times, Box<dyn Error>> {
-        let mut times = Vec::with_capacity(self.args.repeats);
-        let mut peak_bytes = 0;
-        let start = Instant::now();
-        while times.len() < UNCOUNTED + self.args.repeats || start.elapsed() < AT_LEAST {
-            let before = MEMORY.current_usage();
-            MEMORY.reset_peak_usage();
-            let begin = Instant::now();
-            call();
-            self.device.sync()?;
-            times.push(begin.elapsed().as_secs_f64() * 1e3);
-            peak_bytes = peak_bytes.max(MEMORY.peak_usage().saturating_sub(before));
-        }
-        times.drain(..UNCOUNTED);
-        times.sort_by(f64::total_cmp);
-        Ok(Times {
-            median_ms: (times[(times.len() - 1) / 2] + times[times.len() / 2]) / 2.0,
-            min_ms: times[0],
-            peak_bytes,
-        })
+        time(&MEMORY, &self.device, self.args.repeats, call)
     }
 
     fn dtype(&self) -> DType {
@@ -474,12 +436,7 @@ impl<'a> Bench<'a> {
 
     /// From -1 to 1.
     fn random<const D: usize>(&self, shape: [usize; D], seed: u64) -> Tensor<D> {
-        let key = RandomKey::new(seed);
-        let n_elements: usize = shape.iter().product();
-        let values: Vec<f32> = (0..n_elements as u64)
-            .map(|i| key.uniform(i) as f32 * 2.0 - 1.0)
-            .collect();
-        Tensor::from_data(TensorData::new(values, shape), (&self.device, self.dtype()))
+        uniform(shape, seed, &self.device, self.dtype())
     }
 
     /// A class of `n` for each row.
@@ -499,28 +456,5 @@ fn parameters(op: Op, scale: Tensor<1>) -> NormParameters {
         epsilon: EPSILON,
         scale,
         shift: None,
-    }
-}
-
-/// Forward alone, or forward and backward.
-#[derive(Clone, Copy)]
-struct Pass {
-    backward: bool,
-}
-
-impl Pass {
-    /// An input that gets a gradient.
-    fn leaf<const D: usize>(self, x: &Tensor<D>) -> Tensor<D> {
-        match self.backward {
-            true => x.clone().require_grad(),
-            false => x.clone(),
-        }
-    }
-
-    /// What follows the forward pass.
-    fn end<const D: usize>(self, y: Tensor<D>) {
-        if self.backward {
-            y.backward();
-        }
     }
 }

@@ -205,20 +205,22 @@ impl LongformerAttention {
         split_heads(x, self.n_heads)
     }
 
-    /// Query, key and value by the projections that all tokens have.
-    fn local_heads(&self, x: Tensor<3>, context: &Context) -> [Tensor<4>; 3] {
+    /// Query, key and value by the projections that all tokens have, not turned.
+    fn local_heads(&self, x: Tensor<3>) -> [Tensor<4>; 3] {
         let heads = project_all([&self.query, &self.key, &self.value], x);
-        let [query, key, value] = heads.map(|x| self.split(x));
-        let [query, key] = self.turn([query, key], context);
-        [query, key, value]
+        heads.map(|x| self.split(x))
     }
 
-    /// Key and value by the projections of the global tokens.
-    fn global_heads(&self, x: Tensor<3>, context: &Context) -> [Tensor<4>; 2] {
+    /// Key and value by the projections of the global tokens, not turned.
+    fn global_heads(&self, x: Tensor<3>) -> [Tensor<4>; 2] {
         let heads = project_all([&self.global_key, &self.global_value], x);
-        let [key, value] = heads.map(|x| self.split(x));
-        let [key] = self.turn([key], context);
-        [key, value]
+        heads.map(|x| self.split(x))
+    }
+
+    /// Query of the global tokens alone, not turned.
+    fn global_queries(&self, x: Tensor<3>, rows: &GlobalRows) -> Tensor<4> {
+        let indices = rows.indices(&x.device());
+        self.split(project(&self.global_query, x.select(1, indices)))
     }
 
     /// Turns what stands at the positions of the queries.
@@ -229,22 +231,61 @@ impl LongformerAttention {
         }
     }
 
-    /// Puts the outputs of the global tokens among `x` in the place of what the window gave them.
+    /// What [`forward`](SequenceMixer::forward) does between its projections: turns by the rotary embeddings, if there
+    /// are any, and attends both ways.
+    ///
+    /// # Shapes
+    ///
+    /// - `local`: query, key and value by the projections that all tokens have, `[batch_size, n_heads, seq_length, d_head]`
+    /// - `global`: by the other projections; the query of the tokens that are global in any batch row, in their order,
+    ///   `[batch_size, n_heads, n_global, d_head]`, and key and value of all tokens, as above. Nothing where no token is
+    ///   global.
+    /// - output: `[batch_size, n_heads, seq_length, d_head]`
+    ///
+    /// # Panics
+    ///
+    /// As [`forward`](SequenceMixer::forward), and if `global` is not there for the tokens that are global.
+    pub fn attend_heads(
+        &self,
+        local: [Tensor<4>; 3],
+        global: Option<[Tensor<4>; 3]>,
+        context: &Context,
+    ) -> Tensor<4> {
+        let [query, key, value] = local;
+        let [query, key] = self.turn([query, key], context);
+        let joined = self.local.attend_heads([query, key, value], context);
+        match (self.rows(context), global) {
+            (None, None) => joined,
+            (Some(rows), Some([query, key, value])) => {
+                let [key] = self.turn([key], context);
+                let heads = [query, key, value];
+                self.with_global_rows(joined, &rows, heads, (&self.of_global, context, context))
+            }
+            (None, Some(_)) => panic!("global: heads are given, but no token is global"),
+            (Some(_), None) => panic!("global: tokens are global, but no heads are given"),
+        }
+    }
+
+    /// Puts the outputs of the global tokens in the place of what the window gave them. Their query is not turned yet,
+    /// the key is.
     fn with_global_rows(
         &self,
         local: Tensor<4>,
-        x: Tensor<3>,
         rows: &GlobalRows,
-        [key, value]: [Tensor<4>; 2],
+        [query, key, value]: [Tensor<4>; 3],
         (scores, absolute, context): (&Scores, &Context, &Context),
     ) -> Tensor<4> {
-        let indices = rows.indices(&x.device());
-        let query = project(&self.global_query, x.select(1, indices.clone()));
+        let indices = rows.indices(&local.device());
+        let (n_queries, n_global) = (query.dims()[2], indices.dims()[0]);
+        assert!(
+            n_queries == n_global,
+            "global: {n_queries} queries, but {n_global} tokens are global"
+        );
         // Queries that are not global see nothing, and so may be anything.
         let query = Tensor::zeros(local.dims(), (&local.device(), local.dtype())).select_assign(
             2,
             indices,
-            self.split(query),
+            query,
             IndexingUpdateOp::Add,
         );
         let [query] = self.turn([query], absolute);
@@ -290,13 +331,12 @@ impl SequenceMixer for LongformerAttention {
     ///
     /// If the lengths are not the context's, or global positions do not fit them.
     fn forward(&self, x: Tensor<3>, context: &Context) -> Tensor<3> {
-        let heads = self.local_heads(x.clone(), context);
-        let mut joined = self.local.attend_heads(heads, context);
-        if let Some(rows) = self.rows(context) {
-            let heads = self.global_heads(x.clone(), context);
-            let by = (&self.of_global, context, context);
-            joined = self.with_global_rows(joined, x, &rows, heads, by);
-        }
+        let local = self.local_heads(x.clone());
+        let global = self.rows(context).map(|rows| {
+            let [key, value] = self.global_heads(x.clone());
+            [self.global_queries(x, &rows), key, value]
+        });
+        let joined = self.attend_heads(local, global, context);
         project(&self.output, merge_heads(joined))
     }
 
@@ -304,8 +344,9 @@ impl SequenceMixer for LongformerAttention {
     ///
     /// As [`forward`](Self::forward), and if the module is not causal.
     fn forward_cached(&self, x: Tensor<3>, context: &Context, cache: &mut KvCache) -> Tensor<3> {
-        let [query, key, value] = self.local_heads(x.clone(), context);
-        let [global_key, global_value] = self.global_heads(x.clone(), context);
+        let [query, key, value] = self.local_heads(x.clone());
+        let [global_key, global_value] = self.global_heads(x.clone());
+        let [query, key, global_key] = self.turn([query, key, global_key], context);
         // One cache, with the heads of both projections.
         let both = |local, global| Tensor::cat(vec![local, global], 1);
         let (key, value) = cache.append(both(key, global_key), both(value, global_value));
@@ -315,9 +356,10 @@ impl SequenceMixer for LongformerAttention {
         let heads = [query, part(&key, 0), part(&value, 0)];
         let mut joined = local.0.attend_heads(heads, &local.1);
         if let Some(rows) = self.rows(context) {
-            let heads = [part(&key, self.n_heads), part(&value, self.n_heads)];
+            let [key, value] = [key, value].map(|x| part(&x, self.n_heads));
+            let heads = [self.global_queries(x, &rows), key, value];
             let by = (&of_global.0, context, &of_global.1);
-            joined = self.with_global_rows(joined, x, &rows, heads, by);
+            joined = self.with_global_rows(joined, &rows, heads, by);
         }
         project(&self.output, merge_heads(joined))
     }

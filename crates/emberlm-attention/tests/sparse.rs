@@ -442,6 +442,44 @@ fn longformer_is_its_formula() {
 }
 
 #[test]
+fn longformer_attends_with_heads_that_are_given() {
+    let device = device();
+    let n = 14;
+    for config in longformers() {
+        let attention = config.init(&device);
+        let x = random([2, n, D_MODEL], 1, DType::F32, &device);
+        let context = Context::new(Lengths::square(n).with_batch_size(2));
+        let heads = |linear: &burn::nn::Linear| {
+            let heads = linear.forward(x.clone());
+            heads
+                .reshape([2, n, N_HEADS, D_MODEL / N_HEADS])
+                .swap_dims(1, 2)
+        };
+        let local = [&attention.query, &attention.key, &attention.value].map(heads);
+        let rows = context.global_queries(&config.global).unwrap().concat();
+        let global = (!rows.is_empty()).then(|| {
+            let query = heads(&attention.global_query);
+            let queries = rows.iter().map(|row| query.clone().narrow(2, *row, 1));
+            let [key, value] = [&attention.global_key, &attention.global_value].map(heads);
+            [Tensor::cat(queries.collect(), 2), key, value]
+        });
+        let joined = attention.attend_heads(local, global, &context);
+        let joined = joined.swap_dims(1, 2).reshape([2, n, D_MODEL]);
+        let y = attention.forward(x.clone(), &context);
+        assert_close(y, attention.output.forward(joined), 1e-6);
+    }
+}
+
+#[test]
+#[should_panic(expected = "global: tokens are global, but no heads are given")]
+fn longformer_asks_for_the_heads_of_global_tokens() {
+    let config = longformers().swap_remove(0);
+    let attention = config.with_global(Global::First(2)).init(&device());
+    let heads = [1, 2, 3].map(|seed| random([1, N_HEADS, 9, 4], seed, DType::F32, &device()));
+    attention.attend_heads(heads, None, &Context::new(Lengths::square(9)));
+}
+
+#[test]
 fn batch_rows_have_global_tokens_of_their_own() {
     let device = device();
     let config = LongformerAttentionConfig::new(D_MODEL, N_HEADS, Window::one_sided(2));
