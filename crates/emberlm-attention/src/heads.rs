@@ -120,7 +120,7 @@ impl Scores {
 
     /// An empty cache of bounded memory.
     pub(crate) fn new_ring_cache(&self, positions: CachePositions) -> Result<KvCache, RingError> {
-        let all = [&[self.pattern.clone()], &self.repeats[..]].concat();
+        let all = [std::slice::from_ref(&self.pattern), &self.repeats[..]].concat();
         KvCache::ring(&Pattern::Or(all), positions)
     }
 

@@ -35,7 +35,7 @@ fn of_paper(kind: SparseKind, set: usize, l: usize, sub_index: usize, i: usize, 
     j <= i
         && match (kind, set) {
             (SparseKind::Strided, 1) => j >= i.saturating_sub(l),
-            (SparseKind::Strided, _) => (i - j) % l == 0,
+            (SparseKind::Strided, _) => (i - j).is_multiple_of(l),
             (SparseKind::Fixed { .. }, 1) => j / l == i / l,
             (SparseKind::Fixed { n_summary: c }, _) => {
                 let t = l - (sub_index + 1) * c;
@@ -43,6 +43,9 @@ fn of_paper(kind: SparseKind, set: usize, l: usize, sub_index: usize, i: usize, 
             }
         }
 }
+
+/// Whether a head's query sees a key.
+type Sees<'a> = &'a dyn Fn(usize, usize, usize) -> bool;
 
 #[test]
 fn the_sparse_transformer_sees_what_the_paper_says() {
@@ -54,7 +57,7 @@ fn the_sparse_transformer_sees_what_the_paper_says() {
             config.validate().unwrap();
             config.pattern()
         };
-        let expected: [(SparseHeads, &dyn Fn(usize, usize, usize) -> bool); 5] = [
+        let expected: [(SparseHeads, Sees); 5] = [
             (SparseHeads::Merged, &|h, i, j| {
                 of_paper(kind, 1, l, 0, i, j) || of_paper(kind, 2, l, h % 3, i, j)
             }),

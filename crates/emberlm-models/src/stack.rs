@@ -265,6 +265,10 @@ impl StackConfig {
 }
 
 /// The mixer of a block.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "a model has one a layer, made once"
+)]
 #[derive(Module, Debug)]
 pub enum Mixer {
     /// Multi-head attention.
