@@ -186,7 +186,7 @@ fn run<N: Shown>(
         folder: &folder,
         stop,
         no_tui: args.no_tui,
-        bytes_per_token: plan.held_out.stream().bytes_per_token(),
+        bytes_per_token: Some(plan.held_out.stream().bytes_per_token()),
     };
     let first_step = trainer.session.counters.step + 1;
     let training = plan.training_loader(first_step, device);

@@ -1,14 +1,20 @@
 //! What the programs share: devices, presets, signals, output, plots.
 
 mod attention_map;
+mod class_accuracy;
 mod comparison;
 mod device;
+mod document_config;
+mod document_pattern;
+mod document_table;
 mod exit;
 mod filling;
 mod loaded_run;
 mod masked_accuracy;
 mod model_config;
 mod nearest;
+mod novel_cases;
+mod novels;
 mod objective_kind;
 pub mod plot;
 mod preset;
@@ -17,6 +23,7 @@ mod say;
 mod sentences;
 mod sliding;
 mod stop;
+mod table;
 mod training_run;
 mod translation_config;
 mod translator;
@@ -24,14 +31,22 @@ mod twin;
 mod work;
 
 pub use attention_map::draw_attention;
+pub use class_accuracy::{ClassAccuracy, class_accuracy};
 pub use comparison::{CompareArguments, CompareError, compare};
 pub use device::{DeviceError, choose_device};
+pub use document_config::{
+    DocumentConfig, DocumentModel, DocumentOverrides, DocumentTask, TaskError, TaskKind,
+};
+pub use document_pattern::{DocumentPattern, PatternSizes};
+pub use document_table::{Chance, DocumentTable, RowReport};
 pub use exit::exit_with;
 pub use filling::{Completion, FillError, Sentence, fill_masked, fill_spans};
 pub use loaded_run::{LoadedRun, RunModel};
 pub use masked_accuracy::{MaskedAccuracy, NeighbourTable, masked_accuracy};
 pub use model_config::ModelConfig;
 pub use nearest::Nearest;
+pub use novel_cases::{Case, CaseError, CaseLoader, NovelCases};
+pub use novels::{Novel, SingleNovel, novels};
 pub use objective_kind::{ObjectiveKind, Vocabulary, text_with_special_tokens};
 pub use preset::Preset;
 pub use run_config::{ConfigError, Overrides, RunConfig, Sections, TokenizerRecord, write_json};
