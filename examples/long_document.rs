@@ -371,6 +371,7 @@ impl Row<'_> {
                 let all: Vec<usize> = (0..held_out.len()).collect();
                 self.train(
                     self.config.decoder(self.pattern).init(&autodiff),
+                    training.tokens_per_step(),
                     |first| TrainingLoader::new(windows.clone(), training, first, device),
                     evaluation(&held_out.fixed(training.validation_windows)),
                     Some(1.0),
@@ -390,6 +391,7 @@ impl Row<'_> {
                 let config = self.config.classifier(self.pattern, cases.n_novels());
                 self.train(
                     config.init(&autodiff),
+                    batch_size * cases.n_asked(),
                     |first| CaseLoader::training(cases.clone(), training, first, device),
                     held_out(training.validation_windows.min(*n_cases)),
                     None,
@@ -423,6 +425,7 @@ impl Row<'_> {
     fn train<N: Trainable, L: DataLoader<TokenBatch> + 'static>(
         &self,
         model: N,
+        targets_per_step: usize,
         training: impl FnOnce(u64) -> L,
         validation: impl DataLoader<TokenBatch> + 'static,
         bytes_per_token: Option<f64>,
@@ -467,20 +470,12 @@ impl Row<'_> {
             pattern: self.pattern,
             figures: final_figures(&trainer, &self.folder, measured.loss, bytes_per_token)?,
             accuracy: measured.accuracy,
-            seconds_per_step: self.seconds_per_step(&trainer),
+            // From the speed, which leaves out the first steps.
+            seconds_per_step: (trainer.session.counters.tokens_per_second())
+                .map(|speed| targets_per_step as f64 / speed),
         };
         write_json(&self.folder.file(Report::FILE_NAME), &report)?;
         Ok(None)
-    }
-
-    /// From the speed, which leaves out the first steps.
-    fn seconds_per_step<N: Trainable>(&self, trainer: &Trainer<N>) -> Option<f64> {
-        let per_step = match self.config.task {
-            DocumentTask::LanguageModel => self.config.training.tokens_per_step(),
-            DocumentTask::Novel { .. } => self.config.training.batch_size,
-        };
-        let speed = trainer.session.counters.tokens_per_second()?;
-        Some(per_step as f64 / speed)
     }
 }
 

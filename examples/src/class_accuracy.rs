@@ -1,6 +1,9 @@
 //! How many sequences a classifier knows.
 
-use burn::{data::dataloader::DataLoader, tensor::DType};
+use burn::{
+    data::dataloader::DataLoader,
+    tensor::{DType, s},
+};
 use emberlm::{
     core::{CrossEntropyConfig, TokenBatch},
     models::SequenceClassifier,
@@ -16,7 +19,8 @@ pub struct ClassAccuracy {
     pub accuracy: f64,
 }
 
-/// Classifies the sequences of a loader's batches. `watch` is told the number of rows of each batch.
+/// Classifies the sequences of a loader's batches by their first position, where their classes stand as targets. `watch` is
+/// told the number of rows of each batch.
 ///
 /// # Errors
 ///
@@ -29,7 +33,7 @@ pub fn class_accuracy(
     let (mut nll_sum, mut n_known, mut n_rows) = (0.0, 0, 0);
     for batch in loader.iter() {
         let batch = batch.map_err(|error| TrainingError::Data(error.to_string()))?;
-        let targets = batch.targets.squeeze_dim::<1>(1);
+        let targets = batch.targets.slice(s![.., 0..1]).squeeze_dim::<1>(1);
         let scores = model.scores(batch.inputs, None, batch.data, None);
         let found = scores.clone().argmax(1).squeeze_dim::<1>(1).into_data();
         let loss = CrossEntropyConfig::new().forward(scores, targets.clone());
@@ -90,12 +94,10 @@ mod tests {
             let batch = batch.unwrap();
             let scores = model.scores(batch.inputs, None, batch.data, None);
             let scores: Vec<f64> = scores.into_data().iter::<f64>().collect();
-            for (scores, target) in scores
-                .chunks(3)
-                .zip(batch.targets.into_data().iter::<i64>())
-            {
+            let targets: Vec<i64> = batch.targets.into_data().iter::<i64>().collect();
+            for (scores, targets) in scores.chunks(3).zip(targets.chunks(10)) {
                 let best = scores.iter().copied().fold(f64::MIN, f64::max);
-                n_known += usize::from(scores[target as usize] == best);
+                n_known += usize::from(scores[targets[0] as usize] == best);
             }
         }
         assert_eq!(figures.accuracy, n_known as f64 / 11.0);

@@ -23,7 +23,8 @@ use crate::{
 pub enum TaskKind {
     /// A decoder says the next byte
     LanguageModel,
-    /// An encoder names the novel that the end of a text is of, which is another one than that of the rest
+    /// An encoder names the novel that the end of a text is of, which is another one than that of the rest, at the first
+    /// position
     Novel,
 }
 

@@ -7,7 +7,7 @@ use burn::{
     tensor::{Device, Int, Tensor, TensorData},
 };
 use emberlm::{
-    core::{RandomKey, TokenBatch},
+    core::{IGNORED_TARGET, RandomKey, TokenBatch},
     training::{Numbered, TrainingConfig},
 };
 use thiserror::Error;
@@ -65,6 +65,10 @@ pub struct Case {
 /// The end, the last `tail` bytes, is of any novel with equal chance, the rest of any of the others, both from any place of
 /// the novel's part. Who knows nothing names the end's novel in one of `n` cases, for `n` novels; who knows which novel
 /// the rest is of, in one of `n - 1`.
+///
+/// A case asks for the novel of its end at the first position. A single answer in thousands of bytes teaches little, so
+/// those that are trained on ask besides, in the middle of each stretch of `tail` bytes, for the novel of that stretch.
+/// What is measured asks at the first position alone.
 #[derive(Debug)]
 pub struct NovelCases {
     novels: Vec<Novel>,
@@ -117,6 +121,35 @@ impl NovelCases {
         self.novels.len()
     }
 
+    /// Number of answers that a case asks for in training.
+    pub fn n_asked(&self) -> usize {
+        1 + self.middles().count()
+    }
+
+    /// The middles of the stretches, from that of the end on; the first position is none.
+    fn middles(&self) -> impl Iterator<Item = usize> {
+        let last = self.seq_length - self.tail.div_ceil(2);
+        (1..=last).rev().step_by(self.tail)
+    }
+
+    /// The classes that are asked for in training, by position.
+    fn training_targets(&self, case: &Case) -> Vec<i64> {
+        let mut targets = self.held_out_targets(case);
+        let border = self.seq_length - self.tail;
+        for middle in self.middles() {
+            let novel = if middle < border { case.rest } else { case.end };
+            targets[middle] = novel as i64;
+        }
+        targets
+    }
+
+    /// The class that is measured, by position.
+    fn held_out_targets(&self, case: &Case) -> Vec<i64> {
+        let mut targets = vec![IGNORED_TARGET; self.seq_length];
+        targets[0] = case.end as i64;
+        targets
+    }
+
     /// Case `index` of a step, of what is trained on.
     pub fn training(&self, step: u64, index: u64) -> Case {
         let key = self.key.fold(step).fold(index);
@@ -145,16 +178,15 @@ impl NovelCases {
     }
 }
 
-/// The batch of cases: one target each, the novel of the end.
-fn batch(cases: &[Case], device: &Device) -> TokenBatch {
-    let tensor = |values: Vec<i32>| {
+fn batch(cases: &[Case], targets: impl Fn(&Case) -> Vec<i64>, device: &Device) -> TokenBatch {
+    let tensor = |values: Vec<i64>| {
         let shape = [cases.len(), values.len() / cases.len()];
         Tensor::<2, Int>::from_data(TensorData::new(values, shape), device)
     };
     let texts = cases.iter().flat_map(|case| &case.text);
     TokenBatch::new(
-        tensor(texts.map(|byte| i32::from(*byte)).collect()),
-        tensor(cases.iter().map(|case| case.end as i32).collect()),
+        tensor(texts.map(|byte| i64::from(*byte)).collect()),
+        tensor(cases.iter().flat_map(targets).collect()),
     )
 }
 
@@ -223,16 +255,18 @@ impl CaseLoader {
         match &self.kind {
             Kind::HeldOut => {
                 let cases = numbers.map(|number| self.cases.held_out(number as u64));
-                batch(&cases.collect::<Vec<_>>(), &self.device)
+                let targets = |case: &Case| self.cases.held_out_targets(case);
+                batch(&cases.collect::<Vec<_>>(), targets, &self.device)
             }
             Kind::Training { per_step, key } => {
                 let step = |number: usize| (number / per_step) as u64 + 1;
                 let index = |number: usize| (number % per_step) as u64;
                 let case = |number| self.cases.training(step(number), index(number));
                 let cases = numbers.map(case);
+                let targets = |case: &Case| self.cases.training_targets(case);
                 TokenBatch {
                     dropout_key: Some(key.fold(step(first)).fold(index(first))),
-                    ..batch(&cases.collect::<Vec<_>>(), &self.device)
+                    ..batch(&cases.collect::<Vec<_>>(), targets, &self.device)
                 }
             }
         }
@@ -354,12 +388,19 @@ mod tests {
         assert_ne!(first.held_out(5), first.held_out(6));
     }
 
-    fn rows(batch: &TokenBatch) -> Vec<(Vec<i64>, i64)> {
-        let [n_rows, seq_length] = batch.inputs.dims();
-        assert_eq!(batch.targets.dims(), [n_rows, 1]);
-        let inputs: Vec<i64> = batch.inputs.to_data().iter::<i64>().collect();
-        let rows = inputs.chunks(seq_length).map(<[i64]>::to_vec);
-        rows.zip(batch.targets.to_data().iter::<i64>()).collect()
+    /// The inputs of each row, and its targets by position.
+    fn rows(batch: &TokenBatch) -> Vec<(Vec<i64>, Vec<(usize, i64)>)> {
+        let [_, seq_length] = batch.inputs.dims();
+        assert_eq!(batch.targets.dims(), batch.inputs.dims());
+        let rows = |values: &Tensor<2, Int>| -> Vec<Vec<i64>> {
+            let values: Vec<i64> = values.to_data().iter::<i64>().collect();
+            values.chunks(seq_length).map(<[i64]>::to_vec).collect()
+        };
+        let targets = rows(&batch.targets).into_iter().map(|row| {
+            let asked = row.into_iter().enumerate();
+            asked.filter(|(_, t)| *t != IGNORED_TARGET).collect()
+        });
+        rows(&batch.inputs).into_iter().zip(targets).collect()
     }
 
     #[test]
@@ -378,7 +419,11 @@ mod tests {
         assert_eq!(whole.len(), 5);
         let case = cases.training(2, 3);
         let text = case.text.iter().map(|byte| i64::from(*byte)).collect();
-        assert_eq!(rows(&whole[1])[3], (text, case.end as i64));
+        let (rest, end) = (case.rest as i64, case.end as i64);
+        // Of the end, of bytes 14 to 19, and of the stretches before it, down to a rest of two bytes.
+        let asked = vec![(0, end), (5, rest), (11, rest), (17, end)];
+        assert_eq!(cases.n_asked(), asked.len());
+        assert_eq!(rows(&whole[1])[3], (text, asked));
         for (later, whole) in all(&config, 4).iter().zip(&whole[3..]) {
             assert_eq!(rows(later), rows(whole));
             assert_eq!(later.dropout_key, whole.dropout_key);
@@ -401,8 +446,8 @@ mod tests {
         let batches: Vec<TokenBatch> = loader.iter().map(Result::unwrap).collect();
         assert!(batches.iter().all(|batch| batch.dropout_key.is_none()));
         let all: Vec<_> = batches.iter().flat_map(rows).collect();
-        let ends: Vec<i64> = (0..7).map(|i| cases.held_out(i).end as i64).collect();
-        assert!(all.iter().map(|(_, end)| *end).eq(ends));
+        let ends = (0..7).map(|i| vec![(0, cases.held_out(i).end as i64)]);
+        assert!(all.iter().map(|(_, asked)| asked.clone()).eq(ends));
         let part: Vec<_> = loader.slice(2, 6).iter().map(Result::unwrap).collect();
         let part: Vec<_> = part.iter().flat_map(rows).collect();
         assert_eq!(part, all[2..6]);

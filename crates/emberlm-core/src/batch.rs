@@ -16,7 +16,7 @@ pub const IGNORED_TARGET: i64 = -100;
 pub struct TokenBatch {
     /// `[batch_size, seq_length]`
     pub inputs: Tensor<2, Int>,
-    /// `[batch_size, seq_length]`; of models with other targets, `[batch_size, n_targets]`: a class has one, a span two
+    /// `[batch_size, seq_length]`; where a sequence has targets of its own, `[batch_size, n_targets]`: a class is one, a span two
     pub targets: Tensor<2, Int>,
     /// What the rows of the inputs bring: padding, documents.
     pub data: BatchData,

@@ -12,7 +12,7 @@ use emberlm_core::{
     operators::{cross_entropy, project},
 };
 
-use crate::{Encoder, EncoderConfig};
+use crate::{Encoder, EncoderConfig, encoder::with_targets};
 
 /// Configuration of a [`SequenceClassifier`].
 #[derive(Config, Debug)]
@@ -137,16 +137,25 @@ impl SequenceClassifier {
         data: BatchData,
         dropout_key: Option<RandomKey>,
     ) -> Tensor<2> {
-        let ([_, seq_length], position) = (tokens.dims(), self.position);
+        let hidden = (self.encoder).hidden_states(tokens, types, data, dropout_key);
+        let read = self.read(hidden);
+        self.head.forward(read, head_key(dropout_key))
+    }
+
+    /// The hidden state of the position.
+    fn read(&self, hidden: Tensor<3>) -> Tensor<2> {
+        let ([_, seq_length, _], position) = (hidden.dims(), self.position);
         assert!(
             position < seq_length,
             "seq_length: position {position} is read, the sequence has {seq_length}"
         );
-        let hidden = (self.encoder).hidden_states(tokens, types, data, dropout_key);
         let read = hidden.slice(s![.., position..position + 1, ..]);
-        let key = dropout_key.map(|key| key.fold(HEAD));
-        self.head.forward(read.squeeze_dim(1), key)
+        read.squeeze_dim(1)
     }
+}
+
+fn head_key(dropout_key: Option<RandomKey>) -> Option<RandomKey> {
+    dropout_key.map(|key| key.fold(HEAD))
 }
 
 impl ClassificationHead {
@@ -169,7 +178,9 @@ impl ClassificationHead {
 }
 
 impl LossModel for SequenceClassifier {
-    /// The cross-entropy of the classes. The batch's targets are `[batch_size, 1]`: a sequence has one, its class.
+    /// The cross-entropy of the classes. The batch's targets are `[batch_size, 1]`, the class of each sequence; or
+    /// `[batch_size, seq_length]`, and the head reads every position that has a target, instead of its own: so a model can
+    /// learn of parts of a sequence besides.
     ///
     /// # Panics
     ///
@@ -179,12 +190,22 @@ impl LossModel for SequenceClassifier {
             batch.source.is_none(),
             "source: a classifier reads its inputs alone"
         );
-        let [_, n_targets] = batch.targets.dims();
-        assert_eq!(
-            n_targets, 1,
-            "targets: a sequence has one class, got {n_targets}"
+        let ([_, seq_length], [_, n_targets]) = (batch.inputs.dims(), batch.targets.dims());
+        assert!(
+            n_targets == 1 || n_targets == seq_length,
+            "targets: a sequence of {seq_length} has 1 class or {seq_length}, got {n_targets}"
         );
-        let scores = self.scores(batch.inputs, None, batch.data, batch.dropout_key);
-        cross_entropy(config, scores, batch.targets.squeeze_dim(1), None)
+        let key = batch.dropout_key;
+        let hidden = (self.encoder).hidden_states(batch.inputs, None, batch.data, key);
+        let (hidden, targets) = match n_targets {
+            1 => (self.read(hidden), batch.targets.squeeze_dim(1)),
+            _ => with_targets(hidden, batch.targets),
+        };
+        cross_entropy(
+            config,
+            self.head.forward(hidden, head_key(key)),
+            targets,
+            None,
+        )
     }
 }

@@ -152,6 +152,30 @@ fn the_loss_of_a_class_is_its_cross_entropy() {
     assert_losses(&loss, expected_loss(scores, &classes));
 }
 
+/// The same head reads whatever position has a target.
+#[test]
+fn parts_of_a_sequence_have_classes() {
+    let device = device();
+    let model = classifier(&device);
+    let (tokens, data) = padded(&ROWS, &device);
+    let mut classes = [[IGNORED_TARGET; 6]; 3];
+    let asked = [(0, 0, 3), (0, 4, 1), (1, 2, 0), (2, 1, 2)];
+    let mut expected = [0.0; 2];
+    for (row, position, class) in asked {
+        classes[row][position] = class;
+        let hidden = (model.encoder).hidden_states(tokens.clone(), None, data.clone(), None);
+        let read = hidden.slice(s![row..row + 1, position..position + 1, ..]);
+        let scores = model.head.forward(read.squeeze_dim(1), None);
+        let [nll_sum, n_targets] = expected_loss(scores, &[class]);
+        expected = [expected[0] + nll_sum, expected[1] + n_targets];
+    }
+    let batch = TokenBatch {
+        data,
+        ..TokenBatch::new(tokens, targets(classes, &device))
+    };
+    assert_losses(&model.loss(batch, &counting()), expected);
+}
+
 #[test]
 fn padding_changes_no_class() {
     let device = device();
@@ -368,7 +392,7 @@ fn a_sequence_that_ends_before_the_position_is_refused() {
 }
 
 #[test]
-#[should_panic(expected = "targets: a sequence has one class, got 2")]
+#[should_panic(expected = "targets: a sequence of 6 has 1 class or 6, got 2")]
 fn two_classes_are_refused() {
     let device = device();
     let (tokens, _) = padded(&ROWS, &device);
