@@ -426,7 +426,7 @@ fn train_and_score(args: &Args, search: &Search, device: &Device) -> Result<Exit
         folder: &folder,
         stop: &stop,
         no_tui: args.no_tui,
-        bytes_per_token: bytes_per_token(&plan),
+        bytes_per_token: Some(bytes_per_token(&plan)),
     };
     let (config, step) = (&plan.config.training, trainer.session.counters.step);
     let training = PairLoader::new(plan.training.clone(), config, step + 1, device);

@@ -2,14 +2,20 @@
 
 mod attention_choice;
 mod attention_map;
+mod class_accuracy;
 mod comparison;
 mod device;
+mod document_config;
+mod document_pattern;
+mod document_table;
 mod exit;
 mod filling;
 mod loaded_run;
 mod masked_accuracy;
 mod model_config;
 mod nearest;
+mod novel_cases;
+mod novels;
 mod objective_kind;
 pub mod plot;
 mod preset;
@@ -20,6 +26,7 @@ mod sentences;
 mod sliding;
 mod stop;
 mod stream;
+mod table;
 mod training_run;
 mod translation_config;
 mod translator;
@@ -28,14 +35,22 @@ mod work;
 
 pub use attention_choice::{AttentionChoice, ParseAttentionError};
 pub use attention_map::draw_attention;
+pub use class_accuracy::{ClassAccuracy, class_accuracy};
 pub use comparison::{CompareArguments, CompareError, compare};
 pub use device::{DeviceError, choose_device};
 pub use exit::{exit_code, exit_with};
+pub use document_config::{
+    DocumentConfig, DocumentModel, DocumentOverrides, DocumentTask, TaskError, TaskKind,
+};
+pub use document_pattern::{DocumentPattern, PatternSizes};
+pub use document_table::{Chance, DocumentTable, RowReport};
 pub use filling::{Completion, FillError, Sentence, fill_masked, fill_spans};
 pub use loaded_run::{LoadedRun, RunModel};
 pub use masked_accuracy::{MaskedAccuracy, NeighbourTable, masked_accuracy};
 pub use model_config::ModelConfig;
 pub use nearest::Nearest;
+pub use novel_cases::{Case, CaseError, CaseLoader, NovelCases};
+pub use novels::{Novel, SingleNovel, novels};
 pub use objective_kind::{ObjectiveKind, Vocabulary, text_with_special_tokens};
 pub use preset::Preset;
 pub use pretraining::{Place, Pretraining, Shown, Start, announce_text};

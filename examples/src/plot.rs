@@ -1,6 +1,7 @@
 //! Draws the loss curves of runs, once as an SVG and once as a PNG.
 
 use std::{
+    collections::HashMap,
     error::Error,
     fs::{self, File},
     io,
@@ -64,8 +65,22 @@ pub enum PlotError {
 ///
 /// [`PlotError::NothingToDraw`] before anything is written; otherwise whatever stops the drawing.
 pub fn draw_curves(runs: &[RunHistory], svg: &Path, png: &Path) -> Result<(), PlotError> {
+    draw(runs, Against::Steps, svg, png)
+}
+
+/// As [`draw_curves`], against the seconds of training instead of the steps: for runs whose steps do not take equally
+/// long.
+///
+/// # Errors
+///
+/// As [`draw_curves`].
+pub fn draw_curves_by_time(runs: &[RunHistory], svg: &Path, png: &Path) -> Result<(), PlotError> {
+    draw(runs, Against::Time, svg, png)
+}
+
+fn draw(runs: &[RunHistory], against: Against, svg: &Path, png: &Path) -> Result<(), PlotError> {
     register_bundled_font()?;
-    let figure = Figure::new(runs)?;
+    let figure = Figure::new(runs, against)?;
 
     let mut text = String::new();
     let picture = SVGBackend::with_string(&mut text, figure.size()).into_drawing_area();
@@ -145,6 +160,13 @@ enum Marker {
     Square,
 }
 
+/// What runs along.
+#[derive(Clone, Copy, PartialEq)]
+enum Against {
+    Steps,
+    Time,
+}
+
 /// One run, ready to be drawn.
 struct Curve {
     color: RGBColor,
@@ -178,13 +200,13 @@ struct Scale {
 struct Figure {
     curves: Vec<Curve>,
     legend: Vec<Entry>,
-    steps: Scale,
+    along: Scale,
     losses: Scale,
     lower: Scale,
 }
 
 impl Figure {
-    fn new(runs: &[RunHistory]) -> Result<Self, PlotError> {
+    fn new(runs: &[RunHistory], against: Against) -> Result<Self, PlotError> {
         let last_step = runs.iter().filter_map(|run| Some(run.last()?.step)).max();
         let last_step = last_step.unwrap_or(0);
         let many = runs.iter().any(|run| run.steps.len() > MANY_STEPS);
@@ -208,7 +230,12 @@ impl Figure {
                 lower: lines(&lower, gap),
             }
         };
-        let curves: Vec<_> = runs.iter().enumerate().map(curve).collect();
+        let mut curves: Vec<_> = runs.iter().enumerate().map(curve).collect();
+        if against == Against::Time {
+            for (curve, run) in curves.iter_mut().zip(runs) {
+                curve.against_time(run);
+            }
+        }
         let losses = loss_range(&curves).ok_or(PlotError::NothingToDraw)?;
         let lower = curves.iter().flat_map(|curve| curve.lower.concat());
         let lower: Vec<_> = lower.map(|(_, value)| value).collect();
@@ -224,10 +251,17 @@ impl Figure {
             true => "learning rate",
             false => "tokens per second",
         };
+        let (title, end, least_step) = match against {
+            Against::Steps => ("step", last_step.max(1) as f64, 1.0),
+            Against::Time => {
+                let last = runs.iter().filter_map(|run| Some(run.last()?.seconds));
+                ("seconds of training", last.fold(1e-3, f64::max), 0.0)
+            }
+        };
         Ok(Self {
             legend: legend(runs, &curves, window)?,
             curves,
-            steps: Scale::new("step", 0.0..last_step.max(1) as f64, 11, 1.0),
+            along: Scale::new(title, 0.0..end, 11, least_step),
             losses: Scale::new("loss (nats per token)", losses, 9, 0.0),
             lower: Scale::new(lower_title, 0.0..lower_top, 6, 0.0),
         })
@@ -250,7 +284,7 @@ impl Figure {
         let (_, panels) = picture.split_vertically(self.legend_height());
         let (losses, lower) = panels.split_vertically(LOSS_HEIGHT);
 
-        let plane = axes(&losses, &self.steps, &self.losses, 0)?;
+        let plane = axes(&losses, &self.along, &self.losses, 0)?;
         let top = self.losses.range.end;
         for curve in &self.curves {
             for line in curve.train.iter().flat_map(|line| up_to(top, line)) {
@@ -274,7 +308,7 @@ impl Figure {
             }
         }
 
-        let plane = axes(&lower, &self.steps, &self.lower, X_LABELS)?;
+        let plane = axes(&lower, &self.along, &self.lower, X_LABELS)?;
         for curve in &self.curves {
             let top = self.lower.range.end;
             for line in curve.lower.iter().flat_map(|line| up_to(top, line)) {
@@ -282,6 +316,19 @@ impl Figure {
             }
         }
         picture.present()
+    }
+}
+
+impl Curve {
+    /// Moves each point from its step to the time of that.
+    fn against_time(&mut self, run: &RunHistory) {
+        let seconds: HashMap<u64, f64> = (run.steps.iter())
+            .map(|record| (record.step, record.seconds))
+            .collect();
+        let lines = self.train.iter_mut().chain(&mut self.lower);
+        for (along, _) in lines.flatten().chain(&mut self.valid) {
+            *along = seconds[&(*along as u64)];
+        }
     }
 }
 
@@ -675,7 +722,7 @@ mod tests {
     }
 
     fn range(runs: &[RunHistory]) -> Range<f64> {
-        Figure::new(runs).unwrap().losses.range
+        Figure::new(runs, Against::Steps).unwrap().losses.range
     }
 
     #[test]
@@ -705,6 +752,27 @@ mod tests {
         assert_eq!(markers(&text, COLORS[0]), 5 + 1);
         assert_eq!(markers(&text, COLORS[1]), 37 + 1); // Those of the first steps are above the picture.
         assert_eq!(markers(&text, COLORS[2]), 0); // Never validated.
+    }
+
+    #[test]
+    fn runs_are_drawn_against_time() {
+        let slow = |name, seconds: f64| {
+            let mut run = falling(name, 50);
+            for record in &mut run.steps {
+                record.seconds = seconds * record.step as f64;
+            }
+            run
+        };
+        let runs = [slow("slow", 3.0), slow("fast", 0.5)];
+        let figure = Figure::new(&runs, Against::Time).unwrap();
+        assert_eq!(figure.along.title, "seconds of training");
+        assert_eq!(figure.along.range, 0.0..150.0);
+        let along = |line: &Line| line.iter().map(|(x, _)| *x).collect::<Vec<_>>();
+        let validated = [10.0, 20.0, 30.0, 40.0, 50.0];
+        for (curve, seconds) in figure.curves.iter().zip([3.0, 0.5]) {
+            assert_eq!(along(&curve.valid), validated.map(|step| step * seconds));
+            assert_eq!(along(&curve.train[0])[..2], [seconds, 2.0 * seconds]);
+        }
     }
 
     #[test]
@@ -911,7 +979,7 @@ mod tests {
             .ok()
             .unwrap();
         let names = (0..20).map(|index| falling(&"run".repeat(index), 10));
-        let figure = Figure::new(&names.collect::<Vec<_>>()).unwrap();
+        let figure = Figure::new(&names.collect::<Vec<_>>(), Against::Steps).unwrap();
         assert_eq!(figure.legend.len(), 2 + 20);
         for (index, entry) in figure.legend.iter().enumerate() {
             let (x, y) = entry.place;

@@ -159,7 +159,7 @@ impl Pretraining {
             folder: &folder,
             stop,
             no_tui: place.no_tui,
-            bytes_per_token: self.held_out.stream().bytes_per_token(),
+            bytes_per_token: Some(self.held_out.stream().bytes_per_token()),
         };
         let first_step = trainer.session.counters.step + 1;
         let training = self.training_loader(first_step, device);

@@ -382,7 +382,7 @@ impl Overrides {
     }
 }
 
-fn require_equal(field: &str, of_run: String, asked: String) -> Result<(), ConfigError> {
+pub(crate) fn require_equal(field: &str, of_run: String, asked: String) -> Result<(), ConfigError> {
     if of_run == asked {
         return Ok(());
     }

@@ -123,8 +123,8 @@ pub struct Watched<'a> {
     pub stop: &'a Stop,
     /// Lines even on a terminal.
     pub no_tui: bool,
-    /// For the bits per byte.
-    pub bytes_per_token: f64,
+    /// For the bits per byte, where the targets are text.
+    pub bytes_per_token: Option<f64>,
 }
 
 /// How a training went.

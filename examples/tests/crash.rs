@@ -115,7 +115,7 @@ impl Setup {
         let watch = Watch {
             renderer: Some(Box::new(lines)),
             interrupter: Interrupter::new(),
-            bytes_per_token: 1.0,
+            bytes_per_token: Some(1.0),
         };
         let trained = trainer.train(Arc::new(training), Arc::new(validation), run, watch);
         save_weights(

@@ -7,15 +7,16 @@ use crate::{BatchData, RandomKey};
 /// A target that does not count, as in PyTorch.
 pub const IGNORED_TARGET: i64 = -100;
 
-/// Sequences of tokens with a target at each position.
+/// Sequences of tokens with a target at each position, or with few of their own.
 ///
 /// The objective decides what they are: the next token (causal), the token that was hidden (masked), the next token of
-/// another sequence ([`source`](Self::source) given). Targets of [`IGNORED_TARGET`] do not count.
+/// another sequence ([`source`](Self::source) given), the class of a sequence, the ends of a span. Targets of
+/// [`IGNORED_TARGET`] do not count.
 #[derive(Debug, Clone)]
 pub struct TokenBatch {
     /// `[batch_size, seq_length]`
     pub inputs: Tensor<2, Int>,
-    /// `[batch_size, seq_length]`
+    /// `[batch_size, seq_length]`; where a sequence has targets of its own, `[batch_size, n_targets]`: a class is one, a span two
     pub targets: Tensor<2, Int>,
     /// What the rows of the inputs bring: padding, documents.
     pub data: BatchData,

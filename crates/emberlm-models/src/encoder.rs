@@ -236,22 +236,30 @@ impl LossModel for Encoder {
             batch.source.is_none(),
             "source: an encoder-only model reads its inputs alone"
         );
-        let device = batch.inputs.device();
         let hidden = self.hidden_states(batch.inputs, None, batch.data, batch.dropout_key);
-        let [batch_size, seq_length, d_model] = hidden.dims();
-        let targets = batch.targets.into_data();
-        let counting: Vec<(i64, i64)> = (0..)
-            .zip(targets.iter::<i64>())
-            .filter(|(_, target)| *target != IGNORED_TARGET)
-            .collect();
-        let indices = |values: Vec<i64>| {
-            let data = TensorData::new(values, [counting.len()]);
-            Tensor::<1, Int>::from_data(data, &device)
-        };
-        let positions = indices(counting.iter().map(|(position, _)| *position).collect());
-        let targets = indices(counting.iter().map(|(_, target)| *target).collect());
-        let hidden = hidden.reshape([batch_size * seq_length, d_model]);
-        let scores = self.masked_scores(hidden.select(0, positions));
-        cross_entropy(config, scores, targets, None)
+        let (hidden, targets) = with_targets(hidden, batch.targets);
+        cross_entropy(config, self.masked_scores(hidden), targets, None)
     }
+}
+
+/// The hidden states of the positions with a target, and those targets: `[batch_size, seq_length, d_model]` and
+/// `[batch_size, seq_length]` to `[n_targets, d_model]` and `[n_targets]`.
+pub(crate) fn with_targets(
+    hidden: Tensor<3>,
+    targets: Tensor<2, Int>,
+) -> (Tensor<2>, Tensor<1, Int>) {
+    let ([batch_size, seq_length, d_model], device) = (hidden.dims(), hidden.device());
+    let targets = targets.into_data();
+    let counting: Vec<(i64, i64)> = (0..)
+        .zip(targets.iter::<i64>())
+        .filter(|(_, target)| *target != IGNORED_TARGET)
+        .collect();
+    let indices = |values: Vec<i64>| {
+        let data = TensorData::new(values, [counting.len()]);
+        Tensor::<1, Int>::from_data(data, &device)
+    };
+    let positions = indices(counting.iter().map(|(position, _)| *position).collect());
+    let targets = indices(counting.iter().map(|(_, target)| *target).collect());
+    let hidden = hidden.reshape([batch_size * seq_length, d_model]);
+    (hidden.select(0, positions), targets)
 }

@@ -1,6 +1,7 @@
 //! Stacks and assembled architectures, and the files they are loaded from.
 //!
-//! One residual block, one [`Stack`], three assemblies: [`Decoder`], [`Encoder`], [`EncoderDecoder`].
+//! One residual block, one [`Stack`], three assemblies: [`Decoder`], [`Encoder`], [`EncoderDecoder`]; and
+//! encoders with a head for a task: [`SequenceClassifier`], [`SpanAnswer`].
 
 mod decoder;
 mod embedding;
@@ -8,6 +9,8 @@ mod encoder;
 mod encoder_decoder;
 mod layer;
 mod lengthen;
+mod sequence_classifier;
+mod span_answer;
 mod stack;
 mod weights;
 
@@ -16,6 +19,8 @@ pub use embedding::{PositionsConfig, TokenEmbedding, TokenEmbeddingConfig};
 pub use encoder::{Encoder, EncoderConfig, MaskedHead};
 pub use encoder_decoder::{EncoderDecoder, EncoderDecoderConfig};
 pub use layer::LayerAttention;
+pub use sequence_classifier::{ClassificationHead, SequenceClassifier, SequenceClassifierConfig};
+pub use span_answer::{AnswerSpan, SpanAnswer, SpanAnswerConfig, SpanScores};
 pub use stack::{
     FeedForwardKind, FeedForwardLayer, Mixer, Stack, StackCache, StackConfig, StackSource,
 };

@@ -141,7 +141,12 @@ impl Document {
 
     /// Size of the whole document, in bytes: never 0.
     pub fn bytes(&self) -> usize {
-        self.text.as_bytes().len()
+        self.as_bytes().len()
+    }
+
+    /// The whole document, both parts.
+    pub fn as_bytes(&self) -> &[u8] {
+        self.text.as_bytes()
     }
 
     /// CRC-32 (IEEE) of the whole document when it was opened.

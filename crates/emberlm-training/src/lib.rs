@@ -34,7 +34,7 @@ pub use emberlm_text::{
 pub use error::TrainingError;
 pub use gradients::{global_norm, scale_gradients};
 pub use learner::{LanguageModel, StepOutput, StepProgress, Trainable};
-pub use loader::{EvaluationLoader, TrainingLoader};
+pub use loader::{EvaluationLoader, Numbered, TrainingLoader};
 pub use memory::peak_memory_bytes;
 pub use metrics::{metric_name, register_metrics};
 pub use objective::{Batching, Masked, MaskedConfig, Objective, Spans, SpansConfig};

@@ -136,11 +136,14 @@ impl EvaluationLoader {
     }
 }
 
-/// Walks through the numbered batches of a loader.
-pub(crate) struct Numbered<F> {
-    pub(crate) make: F,
-    pub(crate) next: Range<usize>,
-    pub(crate) total: usize,
+/// Walks through the numbered batches of a loader, each of which `make` makes of its number.
+pub struct Numbered<F> {
+    /// Makes a batch.
+    pub make: F,
+    /// The numbers of the batches that are left.
+    pub next: Range<usize>,
+    /// How many batches there are.
+    pub total: usize,
 }
 
 impl<F: FnMut(usize) -> TokenBatch> Iterator for Numbered<F> {

@@ -132,10 +132,11 @@ impl Numeric for Figure {
 
 /// Registers loss, bits per byte, perplexity, learning rate, gradient norm, tokens per second and peak memory.
 ///
-/// `bytes_per_token` is the mean length of a token in bytes of text: 1 for a model of bytes.
+/// `bytes_per_token` is the mean length of a token in bytes of text: 1 for a model of bytes. Without it there are no bits
+/// per byte.
 pub fn register_metrics<M>(
     training: SupervisedTraining<M>,
-    bytes_per_token: f64,
+    bytes_per_token: Option<f64>,
 ) -> SupervisedTraining<M>
 where
     M: LearnerModel,
@@ -144,16 +145,14 @@ where
 {
     use metric_name::*;
 
-    let both = [
-        Figure::new(LOSS, Some("nats"), 4, |output, _| Some(output.loss())),
-        Figure {
-            bytes_per_token,
-            ..Figure::new(BITS_PER_BYTE, Some("bits"), 4, |output, bytes_per_token| {
-                Some(output.loss() / LN_2 / bytes_per_token)
-            })
-        },
-        Figure::new(PERPLEXITY, None, 3, |output, _| Some(output.loss().exp())),
-    ];
+    let loss = Figure::new(LOSS, Some("nats"), 4, |output, _| Some(output.loss()));
+    let bits_per_byte = bytes_per_token.map(|bytes_per_token| Figure {
+        bytes_per_token,
+        ..Figure::new(BITS_PER_BYTE, Some("bits"), 4, |output, bytes_per_token| {
+            Some(output.loss() / LN_2 / bytes_per_token)
+        })
+    });
+    let perplexity = Figure::new(PERPLEXITY, None, 3, |output, _| Some(output.loss().exp()));
     let training_only = [
         Figure::new(LEARNING_RATE, None, 3, |output, _| {
             output.progress.map(|p| p.learning_rate)
@@ -172,7 +171,9 @@ where
             Some(bytes as f64 / f64::from(1 << 20))
         }),
     ];
-    let training = both.into_iter().fold(training, |training, figure| {
+    let both = [Some(loss), bits_per_byte, Some(perplexity)];
+    let both = both.into_iter().flatten();
+    let training = both.fold(training, |training, figure| {
         training
             .metric_train_numeric(figure.clone())
             .metric_valid_numeric(figure)

@@ -151,14 +151,16 @@ impl<W: Write + Send> TrainingProgressLogger for LineRenderer<W> {
 
     fn update_epoch(&mut self, epoch: usize) {
         self.epoch = epoch;
-        let figure = |name| self.validation.get(name).copied().unwrap_or(f64::NAN);
-        let line = format!(
-            "step {:>6}/{}  validation: loss {:.4}, {:.4} bits per byte",
+        let figure = |name| self.validation.get(name).copied();
+        let mut line = format!(
+            "step {:>6}/{}  validation: loss {:.4}",
             self.step,
             self.steps,
-            figure(LOSS),
-            figure(BITS_PER_BYTE)
+            figure(LOSS).unwrap_or(f64::NAN)
         );
+        if let Some(bits) = figure(BITS_PER_BYTE) {
+            line += &format!(", {bits:.4} bits per byte");
+        }
         self.print(&line);
     }
 

@@ -70,8 +70,9 @@ pub struct Watch {
     /// Stops the run after the current step.
     pub interrupter: Interrupter,
     /// Mean length of a token in bytes of text, of which the bits per byte are made: 1 for a model of bytes, else
-    /// [`TokenStream::bytes_per_token`](emberlm_text::TokenStream::bytes_per_token), best of the held-out text.
-    pub bytes_per_token: f64,
+    /// [`TokenStream::bytes_per_token`](emberlm_text::TokenStream::bytes_per_token), best of the held-out text. Nothing
+    /// where the targets are no text.
+    pub bytes_per_token: Option<f64>,
 }
 
 impl<N: Trainable> Trainer<N> {

@@ -353,7 +353,7 @@ fn run(trainer: Trainer<Decoder>, folder: &Path, lines: &Lines) -> (Trainer<Deco
     let watch = Watch {
         renderer: Some(Box::new(renderer)),
         interrupter: Interrupter::new(),
-        bytes_per_token: 1.0,
+        bytes_per_token: Some(1.0),
     };
     let (trainer, ending) = trainer.train(Arc::new(training), Arc::new(validation), folder, watch);
     (trainer, ending.expect("nothing fails"))

@@ -122,8 +122,12 @@ impl BatchData {
         }
     }
 
-    /// Which keys of a batch row are hidden, if any are.
-    pub(crate) fn hidden_keys(&self, batch: usize) -> Option<&[bool]> {
+    /// Which keys of a batch row are hidden, if any are of any row: `[key_length]`.
+    ///
+    /// # Panics
+    ///
+    /// If there is no such row.
+    pub fn hidden_keys(&self, batch: usize) -> Option<&[bool]> {
         self.hidden_keys.as_ref().map(|hidden| &hidden[batch][..])
     }
 
