@@ -25,7 +25,7 @@ use emberlm::{
 use emberlm_examples::{
     CaseLoader, Chance, Course, DocumentConfig, DocumentOverrides, DocumentPattern, DocumentTable,
     DocumentTask, NovelCases, RowReport, Stop, TaskKind, Watched, Work, announce_resume,
-    check_writable, choose_device, class_accuracy, complain, evaluate_unless_stopped, exit_with,
+    check_writable, choose_device, class_accuracy, complain, evaluate_unless_stopped, exit_code,
     final_figures, novels, open_folder, plot, prepare, say, train, write_json,
 };
 
@@ -100,13 +100,7 @@ type AnyError = Box<dyn std::error::Error>;
 
 fn main() -> ExitCode {
     emberlm::kernels::keep_freed_memory();
-    let args = Args::parse();
-    let mut code = ExitCode::SUCCESS;
-    let result = compare_patterns(&args).map(|exit| code = exit);
-    match result {
-        Ok(()) => code,
-        Err(error) => exit_with(Err::<(), _>(error)),
-    }
+    exit_code(compare_patterns(&Args::parse()))
 }
 
 /// What the sequences are made of.

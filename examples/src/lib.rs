@@ -38,12 +38,12 @@ pub use attention_map::draw_attention;
 pub use class_accuracy::{ClassAccuracy, class_accuracy};
 pub use comparison::{CompareArguments, CompareError, compare};
 pub use device::{DeviceError, choose_device};
-pub use exit::{exit_code, exit_with};
 pub use document_config::{
     DocumentConfig, DocumentModel, DocumentOverrides, DocumentTask, TaskError, TaskKind,
 };
 pub use document_pattern::{DocumentPattern, PatternSizes};
 pub use document_table::{Chance, DocumentTable, RowReport};
+pub use exit::{exit_code, exit_with};
 pub use filling::{Completion, FillError, Sentence, fill_masked, fill_spans};
 pub use loaded_run::{LoadedRun, RunModel};
 pub use masked_accuracy::{MaskedAccuracy, NeighbourTable, masked_accuracy};
