@@ -89,8 +89,6 @@ fn generate(args: &Args) -> Result<(), AnyError> {
         return Err(run.unfit(&args.run));
     };
     let tokenizer = &run.tokenizer;
-    eprintln!("device: {device_name}");
-
     let prompt = tokenizer.encode(&args.prompt);
     let max_tokens = args.max_tokens as usize;
     let mut generator = match args.cache.positions() {
@@ -100,6 +98,7 @@ fn generate(args: &Args) -> Result<(), AnyError> {
             Generator::from_cache(model, cache, &prompt, max_tokens, sampling, &device)?
         }
     };
+    eprintln!("device: {device_name}");
     let mut characters = Utf8Stream::new();
     let begin = Instant::now();
     let mut n_tokens = 0;

@@ -126,6 +126,9 @@ fn longer(args: &Args, short: &RunConfig) -> Result<RunConfig, AnyError> {
     training.batch_size = args
         .batch_size
         .unwrap_or((training.batch_size / times).max(1));
+    if !training.batch_size.is_multiple_of(training.accumulation) {
+        training.accumulation = 1;
+    }
     training.steps = args.steps;
     training.learning_rate = args.learning_rate.unwrap_or(training.learning_rate / 4.0);
     training.warmup_steps = training.warmup_steps.min(args.steps.div_ceil(10));

@@ -388,8 +388,11 @@ mod tests {
         assert_ne!(first.held_out(5), first.held_out(6));
     }
 
+    /// The tokens of a row, and which of its positions are asked for what.
+    type Row = (Vec<i64>, Vec<(usize, i64)>);
+
     /// The inputs of each row, and its targets by position.
-    fn rows(batch: &TokenBatch) -> Vec<(Vec<i64>, Vec<(usize, i64)>)> {
+    fn rows(batch: &TokenBatch) -> Vec<Row> {
         let [_, seq_length] = batch.inputs.dims();
         assert_eq!(batch.targets.dims(), batch.inputs.dims());
         let rows = |values: &Tensor<2, Int>| -> Vec<Vec<i64>> {

@@ -70,7 +70,8 @@ fn a_table_has_a_row_for_each_pattern() {
         let ended = run(&place, task, table, &more);
         assert_eq!(ended.stderr, "");
         let lines: Vec<&str> = ended.stdout.lines().collect();
-        let begin = lines.iter().position(|line| line.starts_with("pattern "));
+        // Each row has said its own line before.
+        let begin = lines.iter().rposition(|line| line.starts_with("pattern "));
         let begin = begin.expect("the titles");
         assert!(lines[begin].contains(title), "{ended:?}");
         let rows = lines[begin + 1..begin + 6].join("\n");

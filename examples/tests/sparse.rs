@@ -36,6 +36,19 @@ fn rotary<'a>(run: &'a str, more: &[&'a str]) -> Vec<&'a str> {
     [&always, more].concat()
 }
 
+/// The parser of the command line says how to get help too.
+fn parser_refuses(place: &Place, program: &str, args: &[&str], mention: &str) {
+    let before = place.files();
+    let ended = place.run(program, args);
+    assert_eq!(ended.code(), Some(2), "{ended:?}");
+    assert!(ended.stderr.starts_with("error: "), "{ended:?}");
+    assert!(ended.stderr.contains(mention), "{ended:?}");
+    assert!(
+        place.files() == before,
+        "{args:?} created or changed something"
+    );
+}
+
 #[test]
 fn any_attention_can_be_trained_and_is_kept() {
     let place = place();
@@ -111,7 +124,7 @@ fn what_has_no_bound_is_refused() {
         &["causal", "a ring cache needs a window"],
     );
     let bad = run("run", &["--pattern", "windwo:3"]);
-    place.refuses("generate", &bad, &["windwo:3"]);
+    parser_refuses(&place, "generate", &bad, "windwo:3");
     let bad = run("run", &["--pattern", "random:4:1"]);
     place.refuses("generate", &bad, &["--pattern random:4:1"]);
     let bad = run("learned", &[]);
@@ -144,8 +157,8 @@ fn a_short_encoder_becomes_a_long_one() {
             ],
         );
         assert_eq!(ended.stderr, "");
-        let before = format!(" of the short model at length 16, ");
-        assert!(ended.stdout.contains(&before), "{ended:?}");
+        let before = " of the short model at length 16, ";
+        assert!(ended.stdout.contains(before), "{ended:?}");
         assert!(ended.stdout.contains(" at length 64\n"), "{ended:?}");
         assert!(ended.stdout.contains("trained 10 steps in "), "{ended:?}");
         let config = json(&place, &format!("{run}/config.json"));
@@ -181,12 +194,14 @@ fn lengthening_what_cannot_be() {
     let refuses = |args: &[&str], mentions: &[&str]| place.refuses("lengthen", args, mentions);
     refuses(&["--run", "causal"], &["objective causal"]);
     refuses(&["--run", "nothing"], &["nothing holds no run"]);
+    let bad = ["--run", "short", "--pattern", "longformer:x"];
+    parser_refuses(&place, "lengthen", &bad, "longformer:x");
+    let bad = ["--run", "short", "--times", "0"];
+    parser_refuses(&place, "lengthen", &bad, "--times");
     refuses(
-        &["--run", "short", "--pattern", "longformer:x"],
-        &["longformer:x"],
+        &["--run", "short", "--times", "3000"],
+        &["the training text has"],
     );
-    refuses(&["--run", "short", "--times", "0"], &["--times"]);
-    refuses(&["--run", "short", "--times", "3000"], &["the text"]);
     place.write(common::TEXT, common::words(1999));
     refuses(
         &["--run", "short"],
