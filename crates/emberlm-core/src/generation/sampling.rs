@@ -276,7 +276,7 @@ impl Sampler {
     ///
     /// # Errors
     ///
-    /// If a logit is NaN or `+inf`, none is above `-inf`, or a token of the context has no logit.
+    /// If a logit is NaN or `+inf`, none is above `-inf`, or a token of the context has no logit for the penalty.
     /// A failed call is not a draw: the next one takes its number.
     pub fn sample(&mut self, logits: &[f32], context: &[u32]) -> Result<u32, SampleError> {
         let distribution = self.distribution(logits, context)?;
@@ -353,6 +353,10 @@ impl Sampler {
 
         let penalty = self.config.repetition_penalty;
         let mut scores: Vec<f64> = logits.iter().copied().map(f64::from).collect();
+        if penalty == 1.0 {
+            // A text without an end is not read again at every token.
+            return Ok(scores);
+        }
         for (position, &token) in context.iter().enumerate() {
             // From the logit, not the score: a repeated token is penalised once.
             let Some(&logit) = logits.get(token as usize) else {
@@ -794,8 +798,9 @@ mod tests {
                 Err(SampleError::NoCandidate { vocab_size })
             );
         }
+        let penalty = SamplingConfig::new().with_repetition_penalty(2.0);
         assert_eq!(
-            sampler.sample(&[0.0, 0.0], &[1, 2]),
+            Sampler::new(penalty).unwrap().sample(&[0.0, 0.0], &[1, 2]),
             Err(SampleError::ContextToken {
                 position: 1,
                 token: 2,
