@@ -26,7 +26,7 @@ use emberlm_examples::{
     CaseLoader, Chance, Course, DocumentConfig, DocumentOverrides, DocumentPattern, DocumentTable,
     DocumentTask, NovelCases, RowReport, Stop, TaskKind, Watched, Work, announce_resume,
     check_writable, choose_device, class_accuracy, complain, evaluate_unless_stopped, exit_code,
-    final_figures, novels, open_folder, plot, prepare, say, train, write_json,
+    final_figures, novels, open_folder, plot, prepare, say, shipped, train, write_json,
 };
 
 /// Compare attention patterns on long inputs
@@ -184,7 +184,7 @@ fn plan(args: &Args) -> Result<(DocumentConfig, Option<u64>, Data), AnyError> {
     };
     let sources = match (&args.text[..], &earlier) {
         ([], Some(earlier)) => earlier.sources.clone(),
-        ([], None) => vec![default_text()],
+        ([], None) => vec![shipped("austen.txt")],
         (given, _) => given.to_vec(),
     };
     let corpus = Corpus::open(&sources)?;
@@ -219,16 +219,6 @@ fn plan(args: &Args) -> Result<(DocumentConfig, Option<u64>, Data), AnyError> {
         },
     };
     Ok((config, earlier.map(|earlier| earlier.training.steps), data))
-}
-
-/// The text that comes with the repository: beside the current folder, or where the program was built.
-fn default_text() -> PathBuf {
-    let here = PathBuf::from("data/austen.txt");
-    if here.exists() {
-        here
-    } else {
-        Path::new(env!("CARGO_MANIFEST_DIR")).join("../data/austen.txt")
-    }
 }
 
 /// The folder of the table, which has its configuration.

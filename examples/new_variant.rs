@@ -4,7 +4,7 @@
 //!
 //! The book's chapter "A mixer of your own" explains it line by line.
 
-use std::{path::Path, process::ExitCode, sync::Arc};
+use std::{process::ExitCode, sync::Arc};
 
 use burn::{
     config::Config,
@@ -23,7 +23,7 @@ use emberlm::{
     text::Corpus,
     training::{LanguageModel, Session, TrainingConfig, TrainingLoader, TrainingWindows},
 };
-use emberlm_examples::{choose_device, exit_with, say};
+use emberlm_examples::{choose_device, exit_with, say, shipped};
 
 // ANCHOR: config
 /// Configuration of [`MovingAverage`].
@@ -208,8 +208,7 @@ fn run(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
     say(format_args!("device: {name}"));
     let config = TrainingConfig::new(args.steps, 8, 64).with_learning_rate(3e-3);
     config.validate()?;
-    let text = Path::new(env!("CARGO_MANIFEST_DIR")).join("../data/austen.txt");
-    let corpus = Corpus::open(&[text])?;
+    let corpus = Corpus::open(&[shipped("austen.txt")])?;
     let windows = TrainingWindows::new(corpus.training(), config.seq_length, config.seed)?;
     let loader = TrainingLoader::new(Arc::new(windows), &config, 1, &device);
 

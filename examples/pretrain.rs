@@ -2,10 +2,7 @@
 //!
 //! cargo run --release --example pretrain -- --help
 
-use std::{
-    path::{Path, PathBuf},
-    process::ExitCode,
-};
+use std::{path::PathBuf, process::ExitCode};
 
 use burn::tensor::Device;
 use clap::Parser;
@@ -16,7 +13,7 @@ use emberlm::{
 use emberlm_examples::{
     AttentionChoice, ModelConfig, ObjectiveKind, Overrides, Place, Preset, Pretraining, RunConfig,
     Start, Stop, TokenizerRecord, Vocabulary, Work, announce_text, check_writable, choose_device,
-    exit_code, say,
+    exit_code, say, shipped,
 };
 
 /// Pretrain a language model on text
@@ -135,7 +132,7 @@ fn plan(args: &Args) -> Result<Pretraining, AnyError> {
     let choice = args.tokenizer.as_deref();
     let choice: Option<TokenizerChoice> = choice.map(str::parse).transpose()?;
     let mut sources = if args.text.is_empty() {
-        vec![default_text()]
+        vec![shipped("austen.txt")]
     } else {
         args.text.clone()
     };
@@ -204,14 +201,4 @@ fn plan(args: &Args) -> Result<Pretraining, AnyError> {
     };
     let plan = Pretraining::new(config, &corpus, tokenizer, &args.cache)?;
     Ok(plan.with_earlier_steps(earlier_steps))
-}
-
-/// The text that comes with the repository: beside the current folder, or where the program was built.
-fn default_text() -> PathBuf {
-    let here = PathBuf::from("data/austen.txt");
-    if here.exists() {
-        here
-    } else {
-        Path::new(env!("CARGO_MANIFEST_DIR")).join("../data/austen.txt")
-    }
 }

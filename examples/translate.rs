@@ -28,8 +28,8 @@ use emberlm_examples::{
     Course, HoldOut, HoldOutKind, Nearest, Search, Sentences, Stop, TokenizerRecord,
     TranslationConfig, TranslationOverrides, Translator, Watched, Work, announce_resume,
     check_writable, choose_device, complain, draw_attention, evaluate_unless_stopped, exit_code,
-    export, final_figures, from_checkpoint, open_folder, prepare, say, say_figures, serve, train,
-    write_json,
+    export, final_figures, from_checkpoint, open_folder, prepare, say, say_figures, serve, shipped,
+    train, write_json,
 };
 use serde::Serialize;
 
@@ -257,7 +257,7 @@ fn plan(args: &Args) -> Result<Plan, AnyError> {
     let path = match (&args.pairs, &earlier) {
         (Some(path), _) => path.clone(),
         (None, Some(earlier)) => earlier.pairs.path.clone(),
-        (None, None) => default_pairs(),
+        (None, None) => shipped("verses-en-es.tsv"),
     };
     let corpus = PairCorpus::open(&path)?;
     let pairs = fingerprint(&path)?;
@@ -354,16 +354,6 @@ fn fingerprint(path: &Path) -> Result<Fingerprint, AnyError> {
     let corpus = emberlm::text::Corpus::open(&[std::path::absolute(path)?])?;
     let mut fingerprints = corpus.fingerprints();
     Ok(fingerprints.swap_remove(0))
-}
-
-/// The pairs that come with the repository: beside the current folder, or where the program was built.
-fn default_pairs() -> PathBuf {
-    let here = PathBuf::from("data/verses-en-es.tsv");
-    if here.exists() {
-        here
-    } else {
-        Path::new(env!("CARGO_MANIFEST_DIR")).join("../data/verses-en-es.tsv")
-    }
 }
 
 /// All pairs must have positions, where these are learned.

@@ -242,14 +242,11 @@ impl<'a> Lowering<'a> {
     }
 
     fn planned(&mut self, plan: &BlockPlan) -> Relation {
-        if let Some(&rows) = self.plans.get(plan) {
-            return Relation::Atom(Atom::Listed { rows });
-        }
-        let rows = self.tables.listed.len();
-        self.tables
-            .listed
-            .push(ListedBlocks::planned(plan, self.lengths));
-        self.plans.insert(plan.clone(), rows);
+        let (tables, lengths) = (&mut self.tables.listed, self.lengths);
+        let rows = *self.plans.entry(plan.clone()).or_insert_with(|| {
+            tables.push(ListedBlocks::planned(plan, lengths));
+            tables.len() - 1
+        });
         Relation::Atom(Atom::Listed { rows })
     }
 
