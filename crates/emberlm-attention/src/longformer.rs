@@ -121,9 +121,9 @@ impl LongformerAttentionConfig {
             Some(all) if all.iter().all(|dilation| *dilation == all[0]) => window(all[0]),
             Some(all) => Pattern::per_head(all.iter().copied().map(window).collect::<Vec<_>>()),
         };
-        self.scores(match self.global {
-            Global::First(0) => window,
-            _ => window | Pattern::GlobalKeys(self.global.clone()),
+        self.scores(match self.global.is_empty() {
+            true => window,
+            false => window | Pattern::GlobalKeys(self.global.clone()),
         })
     }
 
@@ -345,11 +345,17 @@ impl SequenceMixer for LongformerAttention {
     /// As [`forward`](Self::forward), and if the module is not causal.
     fn forward_cached(&self, x: Tensor<3>, context: &Context, cache: &mut KvCache) -> Tensor<3> {
         let [query, key, value] = self.local_heads(x.clone());
-        let [global_key, global_value] = self.global_heads(x.clone());
-        let [query, key, global_key] = self.turn([query, key, global_key], context);
-        // One cache, with the heads of both projections.
-        let both = |local, global| Tensor::cat(vec![local, global], 1);
-        let (key, value) = cache.append(both(key, global_key), both(value, global_value));
+        let [query, key] = self.turn([query, key], context);
+        let (key, value) = match self.tokens.is_empty() {
+            true => cache.append(key, value),
+            false => {
+                let [global_key, global_value] = self.global_heads(x.clone());
+                let [global_key] = self.turn([global_key], context);
+                // One cache, with the heads of both projections.
+                let both = |local, global| Tensor::cat(vec![local, global], 1);
+                cache.append(both(key, global_key), both(value, global_value))
+            }
+        };
         let part = |x: &Tensor<4>, first| x.clone().narrow(1, first, self.n_heads);
         let [local, of_global] =
             [&self.local, &self.of_global].map(|scores| scores.in_slots(context, cache, &query));

@@ -7,8 +7,8 @@ use burn::{
 };
 
 use crate::{
-    Context, CrossMixer, FeedForward, InvalidConfig, NoCross, Norm, NormConfig, RandomKey,
-    SequenceMixer, operators::add_dropped,
+    Context, CrossMixer, FeedForward, InvalidConfig, LayerRouting, NoCross, Norm, NormConfig,
+    RandomKey, SequenceMixer, operators::add_dropped,
 };
 
 /// Where the norm stands.
@@ -234,9 +234,18 @@ where
         let stream = self.mixer_part(stream, context, mix);
         let stream = self.cross_part(stream, context, cross);
         let context_out = context.fold(FEED_FORWARD_OUTPUT);
-        self.part(stream, &self.feed_forward_norm, &context_out, |x| {
-            self.feed_forward.forward(x, &context.fold(FEED_FORWARD))
-        })
+        let mut routing = None;
+        let stream = self.part(stream, &self.feed_forward_norm, &context_out, |x| {
+            let context = context.fold(FEED_FORWARD);
+            let output = self.feed_forward.forward(x, &context);
+            routing = output.statistics.map(|statistics| LayerRouting {
+                layer: 0,
+                losses: output.losses,
+                statistics,
+            });
+            output.hidden
+        });
+        stream.with_routing(routing)
     }
 
     fn cross_part(
@@ -275,7 +284,9 @@ where
         context: &Context,
         f: impl FnOnce(Tensor<3>) -> Tensor<3>,
     ) -> ResidualStream {
-        match self.placement {
+        let mut stream = stream;
+        let routing = stream.take_routing();
+        let stream = match self.placement {
             NormPlacement::Pre => {
                 let (x, normed) = stream.norm(norm);
                 ResidualStream::new(x).add(f(normed), self.dropout, context.dropout_key)
@@ -286,7 +297,8 @@ where
                 let sum = sum.add(f(x), self.dropout, context.dropout_key);
                 ResidualStream::new(sum.norm(norm).1)
             }
-        }
+        };
+        stream.with_routing(routing)
     }
 }
 
@@ -296,12 +308,27 @@ where
 pub struct ResidualStream {
     x: Tensor<3>,
     waiting: Option<Tensor<3>>,
+    routing: Vec<LayerRouting>,
 }
 
 impl ResidualStream {
     /// A stream that begins with the embeddings, `[batch_size, seq_length, d_model]`.
     pub fn new(x: Tensor<3>) -> Self {
-        Self { x, waiting: None }
+        Self {
+            x,
+            waiting: None,
+            routing: Vec::new(),
+        }
+    }
+
+    /// What the blocks so far have routed, of which nothing is left here.
+    pub fn take_routing(&mut self) -> Vec<LayerRouting> {
+        std::mem::take(&mut self.routing)
+    }
+
+    fn with_routing(mut self, routing: impl IntoIterator<Item = LayerRouting>) -> Self {
+        self.routing.extend(routing);
+        self
     }
 
     /// Adds `dropout(y)`.
@@ -313,6 +340,7 @@ impl ResidualStream {
         Self {
             x,
             waiting: Some(y),
+            routing: Vec::new(),
         }
     }
 

@@ -34,6 +34,12 @@ pub struct Context {
     /// [`RelativeBias`](crate::RelativeBias); gets a gradient. Attention to another sequence has a context of its own.
     /// Shape: `[batch_size or 1, n_heads or 1, query_length, key_length]`.
     pub bias: Option<Tensor<4>>,
+    /// The tokens that the hidden states began as: what experts by a hash go by. Shape: `[batch_size, query_length]`.
+    pub tokens: Option<Tensor<2, Int>>,
+    /// How many steps of training have been done: what schedules inside of layers go by.
+    pub step: u64,
+    /// How often each expert of this layer was chosen in the earlier micro-batches of this step.
+    pub earlier_load: Option<Arc<[u64]>>,
     data: Arc<BatchData>,
     left_padding: Option<Arc<[usize]>>,
     schedules: Arc<Mutex<Vec<Compiled>>>,
@@ -55,6 +61,9 @@ impl Context {
             lengths: lengths.with_batch_size(1),
             dropout_key: None,
             bias: None,
+            tokens: None,
+            step: 0,
+            earlier_load: None,
             data: Arc::new(BatchData::new()),
             left_padding: None,
             schedules: Arc::default(),
@@ -162,6 +171,37 @@ impl Context {
                 rows.map(|row| among(self.data.globals(row))).collect()
             }
         })
+    }
+
+    /// Which of the queries are padding, row after row; nothing where none is.
+    pub fn padding(&self) -> Option<Vec<bool>> {
+        self.data.hidden_keys(0)?;
+        let queries = self.lengths.first_position..self.lengths.query_end();
+        let rows = 0..self.lengths.batch_size;
+        let hidden = rows.filter_map(|row| self.data.hidden_keys(row));
+        let padding: Vec<bool> = hidden
+            .flat_map(|hidden| &hidden[queries.clone()])
+            .copied()
+            .collect();
+        padding.contains(&true).then_some(padding)
+    }
+
+    /// Adds the tokens.
+    pub fn with_tokens(mut self, tokens: Option<Tensor<2, Int>>) -> Self {
+        self.tokens = tokens;
+        self
+    }
+
+    /// Adds the number of steps that have been done.
+    pub fn with_step(mut self, step: u64) -> Self {
+        self.step = step;
+        self
+    }
+
+    /// Adds the load of the earlier micro-batches.
+    pub fn with_earlier_load(mut self, load: Option<Arc<[u64]>>) -> Self {
+        self.earlier_load = load;
+        self
     }
 
     /// Turns dropout on, drawn from `key`.

@@ -8,7 +8,7 @@ use burn::{
 };
 
 use crate::{
-    Activation, Context, FeedForward, InvalidConfig, assert_valid, dropout,
+    Activation, Context, FeedForward, FeedForwardOutput, InvalidConfig, assert_valid, dropout,
     operators::{activate, gate, linear, linears, project},
 };
 
@@ -90,7 +90,7 @@ impl FeedForwardConfig {
 /// let device = Device::flex();
 /// let layer = FeedForwardConfig::new(8, 32).init(&device);
 /// let y = layer.forward(Tensor::ones([2, 5, 8], &device), &Context::new(Lengths::square(5)));
-/// assert_eq!(y.dims(), [2, 5, 8]);
+/// assert_eq!(y.hidden.dims(), [2, 5, 8]);
 /// ```
 #[derive(Module, Debug)]
 pub struct Mlp {
@@ -104,12 +104,12 @@ pub struct Mlp {
 }
 
 impl FeedForward for Mlp {
-    fn forward(&self, x: Tensor<3>, context: &Context) -> Tensor<3> {
+    fn forward(&self, x: Tensor<3>, context: &Context) -> FeedForwardOutput {
         // The bias is added where the activation reads the product anyway.
         let product = linear(x, self.up.weight.val(), None);
         let hidden = activate(self.activation, product, bias(&self.up));
         let hidden = dropout(hidden, self.dropout, context.dropout_key);
-        project(&self.down, hidden)
+        project(&self.down, hidden).into()
     }
 }
 
@@ -130,7 +130,7 @@ pub struct GatedMlp {
 }
 
 impl FeedForward for GatedMlp {
-    fn forward(&self, x: Tensor<3>, context: &Context) -> Tensor<3> {
+    fn forward(&self, x: Tensor<3>, context: &Context) -> FeedForwardOutput {
         let products = linears(x, [&self.gate, &self.up].map(|up| (up.weight.val(), None)));
         let [gate_product, up_product] = products;
         let biases = bias(&self.gate).zip(bias(&self.up));
@@ -141,7 +141,7 @@ impl FeedForward for GatedMlp {
             biases.map(|(gate, up)| [gate, up]),
         );
         let hidden = dropout(hidden, self.dropout, context.dropout_key);
-        project(&self.down, hidden)
+        project(&self.down, hidden).into()
     }
 }
 

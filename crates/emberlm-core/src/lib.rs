@@ -24,6 +24,7 @@ pub mod operators;
 mod pattern;
 mod positions;
 mod random;
+mod routing;
 mod schedule;
 mod text_stream;
 
@@ -57,5 +58,9 @@ pub use positions::{
     sinusoidal_positions,
 };
 pub use random::RandomKey;
+pub use routing::{
+    AuxiliaryKind, AuxiliaryLoss, FeedForwardOutput, LayerLoss, LayerRouting, OverLayers,
+    RoutingStatistics,
+};
 pub use schedule::{BlockRows, BlockSizes, Layout, MaskTable, Part, Schedule, Span, Statistics};
 pub use text_stream::{InvalidStopStrings, StopStrings, Utf8Stream};

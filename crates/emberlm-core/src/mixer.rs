@@ -2,7 +2,7 @@
 
 use burn::{module::Module, tensor::Tensor};
 
-use crate::Context;
+use crate::{Context, FeedForwardOutput};
 
 /// Mixes information along the sequence: attention, or whatever takes its place.
 pub trait SequenceMixer {
@@ -58,10 +58,10 @@ impl CrossMixer for NoCross {
     }
 }
 
-/// Transforms each position by itself.
+/// Transforms each position, by itself or by experts that the positions share.
 pub trait FeedForward {
     /// # Shapes
     ///
-    /// - `x`, output: `[batch_size, seq_length, d_model]`
-    fn forward(&self, x: Tensor<3>, context: &Context) -> Tensor<3>;
+    /// - `x`, hidden states of the output: `[batch_size, seq_length, d_model]`
+    fn forward(&self, x: Tensor<3>, context: &Context) -> FeedForwardOutput;
 }

@@ -5,9 +5,9 @@ use burn::{
     tensor::{DType, Device, Int, Tensor, TensorData},
 };
 use emberlm_core::{
-    Activation, Context, CrossEntropyConfig, FeedForward, FeedForwardConfig, InvalidConfig,
-    KvCache, Lengths, NormConfig, NormPlacement, ResidualBlockConfig, RotaryConfig, RotaryLayout,
-    SequenceMixer,
+    Activation, Context, CrossEntropyConfig, FeedForward, FeedForwardConfig, FeedForwardOutput,
+    InvalidConfig, KvCache, Lengths, NormConfig, NormPlacement, ResidualBlockConfig, RotaryConfig,
+    RotaryLayout, SequenceMixer,
 };
 use emberlm_testkit::{assert_close, assert_gradients_match, device, random, to_f64};
 
@@ -140,9 +140,11 @@ fn feed_forward_gradients() {
         let gated = to_f64(config.init_gated(&device));
         let x = random([2, 2, 3], 1, DType::F64, &device);
         assert_gradients_match(x.clone(), |x| {
-            plain.forward(x, &Context::new(Lengths::square(3)))
+            plain.forward(x, &Context::new(Lengths::square(3))).hidden
         });
-        assert_gradients_match(x, |x| gated.forward(x, &Context::new(Lengths::square(3))));
+        assert_gradients_match(x, |x| {
+            gated.forward(x, &Context::new(Lengths::square(3))).hidden
+        });
     }
 }
 
@@ -208,8 +210,8 @@ impl SequenceMixer for Twice {
 struct Square;
 
 impl FeedForward for Square {
-    fn forward(&self, x: Tensor<3>, _context: &Context) -> Tensor<3> {
-        x.clone() * x
+    fn forward(&self, x: Tensor<3>, _context: &Context) -> FeedForwardOutput {
+        (x.clone() * x).into()
     }
 }
 

@@ -2,6 +2,8 @@
 
 use std::marker::PhantomData;
 
+use rayon::prelude::*;
+
 use crate::{Real, Stored, View};
 
 /// A matrix anywhere in memory: element `(i, j)` is at `i row_stride + j column_stride` from the first.
@@ -120,6 +122,15 @@ pub enum Store {
     Add,
 }
 
+/// Which threads compute a product.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Threads {
+    /// All of the pool, where the product is large enough.
+    Pool,
+    /// The caller's: others have products of their own.
+    One,
+}
+
 /// `c = a b`, or with it added, on all threads of the pool. The elements of `c` are in order.
 ///
 /// The result does not depend on the number of threads.
@@ -128,13 +139,28 @@ pub enum Store {
 ///
 /// If the inner sizes differ, or the number of elements of `c` is not that of the product.
 pub fn product<R: Real>(a: &Matrix<'_, R>, b: &Matrix<'_, R>, c: &mut [R], store: Store) {
+    product_on(Threads::Pool, a, b, c, store);
+}
+
+/// [`product`] on given threads.
+///
+/// # Panics
+///
+/// As [`product`].
+pub fn product_on<R: Real>(
+    threads: Threads,
+    a: &Matrix<'_, R>,
+    b: &Matrix<'_, R>,
+    c: &mut [R],
+    store: Store,
+) {
     let ([m, k], [inner, n]) = (a.dims(), b.dims());
     assert_eq!(k, inner, "inner size of a product");
     assert_eq!(c.len(), m * n, "elements of {m} x {n}");
     if m == 0 || n == 0 {
         return;
     }
-    let parallelism = match m <= FEW_ROWS || m * n * k < SERIAL {
+    let parallelism = match threads == Threads::One || m <= FEW_ROWS || m * n * k < SERIAL {
         true => gemm::Parallelism::None,
         false => gemm::Parallelism::Rayon(0),
     };
@@ -163,6 +189,17 @@ pub fn product<R: Real>(a: &Matrix<'_, R>, b: &Matrix<'_, R>, c: &mut [R], store
             false,
             parallelism,
         );
+    }
+}
+
+/// Calls `work` for each of `n` products of similar size: many side by side, few one after the other, each on all threads.
+pub fn for_each_product(n: usize, work: impl Fn(usize, Threads) + Sync) {
+    match n < 4 * rayon::current_num_threads() {
+        true => (0..n).for_each(|i| work(i, Threads::Pool)),
+        false => (0..n)
+            .into_par_iter()
+            .with_max_len(1)
+            .for_each(|i| work(i, Threads::One)),
     }
 }
 

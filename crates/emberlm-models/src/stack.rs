@@ -11,10 +11,10 @@ use emberlm_attention::{
 };
 use emberlm_core::{
     Activation, BatchData, CachePositions, Context, CrossInput, CrossMixer, DecodingCache,
-    FeedForward, FeedForwardConfig, GatedMlp, Global, InvalidConfig, KvCache, Lengths, Mlp, Norm,
-    NormConfig, NormPlacement, Pattern, RelativeBias, RelativeBiasConfig, ResidualBlock,
-    ResidualBlockConfig, ResidualStream, RingError, RotaryConfig, SequenceMixer, Window,
-    alibi_slopes, assert_valid,
+    FeedForward, FeedForwardConfig, FeedForwardOutput, GatedMlp, Global, InvalidConfig, KvCache,
+    Lengths, Mlp, Norm, NormConfig, NormPlacement, Pattern, RelativeBias, RelativeBiasConfig,
+    ResidualBlock, ResidualBlockConfig, ResidualStream, RingError, RotaryConfig, SequenceMixer,
+    Window, alibi_slopes, assert_valid,
 };
 
 use crate::LayerAttention;
@@ -327,7 +327,7 @@ pub enum FeedForwardLayer {
 }
 
 impl FeedForward for FeedForwardLayer {
-    fn forward(&self, x: Tensor<3>, context: &Context) -> Tensor<3> {
+    fn forward(&self, x: Tensor<3>, context: &Context) -> FeedForwardOutput {
         match self {
             Self::Plain(layer) => layer.forward(x, context),
             Self::Gated(layer) => layer.forward(x, context),

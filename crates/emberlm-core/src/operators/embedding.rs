@@ -175,13 +175,13 @@ impl Operator for Lookup {
 }
 
 /// Which rows go to each of some targets: those of target `i` are `rows[begins[i]..begins[i + 1]]`, in order.
-struct Groups {
+pub(super) struct Groups {
     begins: Vec<usize>,
     rows: Vec<u32>,
 }
 
 impl Groups {
-    fn new(n_targets: usize, targets: &[usize]) -> Self {
+    pub(super) fn new(n_targets: usize, targets: &[usize]) -> Self {
         let mut begins = vec![0; n_targets + 1];
         for target in targets {
             begins[target + 1] += 1;
@@ -196,6 +196,14 @@ impl Groups {
             next[*target] += 1;
         }
         Self { begins, rows }
+    }
+
+    pub(super) fn n_targets(&self) -> usize {
+        self.begins.len() - 1
+    }
+
+    pub(super) fn of(&self, target: usize) -> &[u32] {
+        &self.rows[self.begins[target]..self.begins[target + 1]]
     }
 }
 
@@ -222,8 +230,7 @@ fn sum_groups<R: Real>(elements: &[R], width: usize, n_targets: usize, groups: &
         for target in range {
             // Safety: each target belongs to one range.
             let to = unsafe { to.part(target * width, width) };
-            let rows = &groups.rows[groups.begins[target]..groups.begins[target + 1]];
-            sum_some(elements, rows, to);
+            sum_some(elements, groups.of(target), to);
         }
     });
     // Safety: the ranges cover all targets.

@@ -9,6 +9,8 @@
 //! | [`linear`], [`linears`] | one product, or several of one input; [`project`], [`project_all`] for burn-nn's layers |
 //! | [`layer_norm`], [`rms_norm`], [`add_norm`] | normalisation, after the addition of a residual too |
 //! | [`activate`], [`gate`] | activations, plain and gated |
+//! | [`grouped_matmul`], [`grouped_matmuls`] | groups of rows, each with a matrix of its own: experts |
+//! | [`combine`] | weighted rows back to where they came from: the outputs of experts |
 //! | [`rotate`] | rotary positions |
 //! | [`embed`] | rows of a table, with positions |
 //! | [`cross_entropy`], [`projected_cross_entropy`] | the loss from scores, or from hidden states without holding the scores |
@@ -22,9 +24,11 @@
 
 mod activation;
 mod adamw;
+mod combine;
 mod cross_entropy;
 mod dropout;
 mod embedding;
+mod grouped_matmul;
 mod linear;
 mod norm;
 mod rotary;
@@ -37,6 +41,7 @@ use emberlm_kernels::{Real, each_vector, is_host, kernel, rows};
 
 pub use activation::{activate, activate_by, gate, gate_by};
 pub use adamw::{AdamWStep, adamw, adamw_by, sum_of_squares, sum_of_squares_by};
+pub use combine::{combine, combine_by};
 pub use cross_entropy::{
     Projection, cross_entropy, cross_entropy_by, projected_cross_entropy,
     projected_cross_entropy_by,
@@ -44,6 +49,7 @@ pub use cross_entropy::{
 pub(crate) use dropout::dropout_by;
 pub use dropout::{add_dropped, add_dropped_by};
 pub use embedding::{embed, embed_by};
+pub use grouped_matmul::{grouped_matmul, grouped_matmuls, grouped_matmuls_by};
 pub use linear::{linear, linear_by, linears, linears_by, project, project_all};
 pub use norm::{NormParameters, add_norm, add_norm_by, layer_norm, norm_by, rms_norm};
 pub use rotary::{Rotation, rotate, rotate_by};

@@ -23,6 +23,15 @@ pub enum Global {
 }
 
 impl Global {
+    /// Whether no position of any sequence is global.
+    pub fn is_empty(&self) -> bool {
+        match self {
+            Self::Positions(positions) => positions.is_empty(),
+            Self::First(n) | Self::Last(n) => *n == 0,
+            Self::Batch => false,
+        }
+    }
+
     /// Whether a position of a batch row is global.
     pub(super) fn holds(&self, position: usize, at: &At, data: &BatchData) -> bool {
         match self {

@@ -9,6 +9,7 @@ mod activation;
 mod cross_entropy;
 mod dropout;
 mod embedding;
+mod grouped;
 mod linear;
 mod norm;
 mod rotary;

@@ -1,0 +1,37 @@
+//! The functions that make scores of a router's logits.
+
+use burn::{
+    config::Config,
+    tensor::{DType, Tensor, activation},
+};
+
+/// The score of an expert.
+#[derive(Config, Debug, Copy, PartialEq, Eq)]
+pub enum Scoring {
+    /// `exp(l_e) / sum_j exp(l_j)`: most routers.
+    Softmax,
+    /// `1 / (1 + exp(-l_e))`, each expert by itself: DeepSeek-V3, <https://arxiv.org/abs/2412.19437>, equation 15.
+    Sigmoid,
+    /// `sqrt(log(1 + exp(l_e)))`: Megatron-LM's `sqrtsoftplus`.
+    SqrtSoftplus,
+}
+
+impl Scoring {
+    /// # Shapes
+    ///
+    /// - `logits`, output: `[n_tokens, n_experts]`
+    pub fn forward(&self, logits: Tensor<2>) -> Tensor<2> {
+        match self {
+            Self::Softmax => activation::softmax(logits, 1),
+            // Burn's sigmoid may go through f32 whatever it is given.
+            Self::Sigmoid if logits.dtype() == DType::F64 => ((logits * 0.5).tanh() + 1.0) * 0.5,
+            Self::Sigmoid => activation::sigmoid(logits),
+            Self::SqrtSoftplus => softplus(logits).sqrt(),
+        }
+    }
+}
+
+/// `log(1 + exp(x))`, which does not overflow.
+pub(super) fn softplus(x: Tensor<2>) -> Tensor<2> {
+    x.clone().clamp_min(0.0) + x.abs().neg().exp().log1p()
+}
