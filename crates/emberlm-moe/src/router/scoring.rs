@@ -33,5 +33,7 @@ impl Scoring {
 
 /// `log(1 + exp(x))`, which does not overflow.
 pub(super) fn softplus(x: Tensor<2>) -> Tensor<2> {
-    x.clone().clamp_min(0.0) + x.abs().neg().exp().log1p()
+    let size = x.clone().abs();
+    // The larger of `x` and 0, as a sum whose gradient at 0 is a half, where that of the rest is 0.
+    (x + size.clone()) * 0.5 + size.neg().exp().log1p()
 }
