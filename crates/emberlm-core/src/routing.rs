@@ -122,7 +122,8 @@ impl AuxiliaryLoss {
         let value = |loss: &Self| loss.loss.value();
         Some(match first.over_layers {
             OverLayers::Sum => sum(&value),
-            OverLayers::Mean => sum(&value) / n,
+            // Times the reciprocal: Burn's autodiff rounds the divisor of a division by a scalar to f32.
+            OverLayers::Mean => sum(&value) * (1.0 / n),
             OverLayers::Pool => {
                 let factors = |loss: &Self| match &loss.loss {
                     LayerLoss::Product {

@@ -1,12 +1,13 @@
 //! Losses by the coefficient of variation over the experts.
 
+use std::f64::consts::FRAC_1_SQRT_2;
+
 use burn::tensor::Tensor;
 use emberlm_core::{AuxiliaryKind, AuxiliaryLoss, LayerLoss, OverLayers};
 
 use super::routed_column;
 use crate::Routing;
 
-const SQRT_2: f64 = std::f64::consts::SQRT_2;
 /// tensor2tensor's guard against a division by zero.
 const EPSILON: f64 = 1e-10;
 
@@ -42,7 +43,7 @@ pub fn load_loss(routing: &Routing) -> Option<AuxiliaryLoss> {
     let chosen = routing.choices.mask(&logits.device(), logits.dtype());
     let threshold = chosen.clone() * first_out + (chosen * -1.0 + 1.0) * last_in;
     let z = (noise.clean.clone() - threshold) / noise.deviation.clone();
-    let probability = ((z / SQRT_2).erf() + 1.0) * 0.5;
+    let probability = ((z * FRAC_1_SQRT_2).erf() + 1.0) * 0.5;
     let probability = match routed_column(routing) {
         Some(routed) => probability * routed,
         None => probability,

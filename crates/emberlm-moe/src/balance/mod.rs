@@ -165,7 +165,8 @@ fn mean_of_routed(routing: &Routing) -> Tensor<1> {
     let n_experts = routing.choices.n_experts();
     let n_tokens = routing.statistics.n_tokens.max(1) as f64;
     let sums = probabilities_of_routed(routing).sum_dim(0);
-    sums.reshape([n_experts]) / n_tokens
+    // Times the reciprocal: Burn's autodiff rounds the divisor of a division by a scalar to f32.
+    sums.reshape([n_experts]) * (1.0 / n_tokens)
 }
 
 /// One for each token that is routed, zero for padding, `[n_tokens, 1]`; nothing where all are routed.

@@ -20,9 +20,10 @@ pub fn z_loss(routing: &Routing) -> Option<AuxiliaryLoss> {
         None => squares,
     };
     let n_tokens = routing.statistics.n_tokens.max(1) as f64;
+    // Times the reciprocal: Burn's autodiff rounds the divisor of a division by a scalar to f32.
     Some(AuxiliaryLoss {
         kind: AuxiliaryKind::RouterZ,
         over_layers: OverLayers::Sum,
-        loss: LayerLoss::Value(counted.sum() / n_tokens),
+        loss: LayerLoss::Value(counted.sum() * (1.0 / n_tokens)),
     })
 }
