@@ -103,6 +103,13 @@ pub struct Mlp {
     dropout: f64,
 }
 
+impl Mlp {
+    /// The non-linearity.
+    pub fn activation(&self) -> Activation {
+        self.activation
+    }
+}
+
 impl FeedForward for Mlp {
     fn forward(&self, x: Tensor<3>, context: &Context) -> FeedForwardOutput {
         // The bias is added where the activation reads the product anyway.
@@ -127,6 +134,13 @@ pub struct GatedMlp {
     #[module(skip)]
     activation: Activation,
     dropout: f64,
+}
+
+impl GatedMlp {
+    /// The non-linearity.
+    pub fn activation(&self) -> Activation {
+        self.activation
+    }
 }
 
 impl FeedForward for GatedMlp {

@@ -1,9 +1,11 @@
 //! Upcycling: experts made of a trained dense layer.
 
-use burn::{nn::Linear, tensor::Tensor};
-use emberlm_core::{GatedMlp, Mlp};
+use burn::{module::Param, nn::Linear, tensor::Tensor};
+use emberlm_core::Activation;
 
-use crate::{DenseLayer, Experts, Gates, GroupedLinear, MixtureOfExperts, MixtureOfExpertsConfig};
+use crate::{
+    DenseLayer, Experts, Gates, GroupedLinear, Method, MixtureOfExperts, MixtureOfExpertsConfig,
+};
 
 /// A dense layer that a mixture cannot be made of.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -11,6 +13,14 @@ pub enum UpcycleError {
     /// One has a gate, the other has none.
     #[error("gated: the dense layer and the experts must both have a gate, or neither")]
     Gate,
+    /// Their non-linearities differ.
+    #[error("activation: the dense layer has {dense:?}, the experts {experts:?}")]
+    Activation {
+        /// Of the dense layer.
+        dense: Activation,
+        /// Of the experts.
+        experts: Activation,
+    },
     /// One has biases, the other has none.
     #[error("bias: the dense layer and the experts must both have biases, or neither")]
     Bias,
@@ -25,7 +35,7 @@ pub enum UpcycleError {
     /// The weights of a token's experts do not sum to one.
     #[error(
         "router: the output equals the dense layer's only where the weights of a token sum to one: gates that are \
-         renormalised, scale 1, no shared experts"
+         renormalised, scale 1, no expert choice, no capacity in evaluation, no shared experts"
     )]
     Weights,
 }
@@ -33,23 +43,33 @@ pub enum UpcycleError {
 impl MixtureOfExpertsConfig {
     /// A mixture whose every expert is the dense layer: its output is the same, until training makes the experts differ.
     ///
-    /// Komatsuzaki et al. 2022, <https://arxiv.org/abs/2212.05055>. The router is new.
+    /// Komatsuzaki et al. 2022, <https://arxiv.org/abs/2212.05055>. The router is new. What drops choices in training, a
+    /// capacity or chance, takes its part of the output there.
     ///
     /// # Errors
     ///
-    /// Other sizes, gates or biases than the config's, or a router whose weights do not sum to one.
+    /// Other sizes, gates, biases or another activation than the config's, or weights of a token that do not sum to one.
     ///
     /// # Panics
     ///
     /// If the config is invalid.
     pub fn upcycle(&self, dense: &DenseLayer) -> Result<MixtureOfExperts, UpcycleError> {
         let sums_to_one = self.router.gates != Gates::Scores && self.router.scale == 1.0;
-        if !sums_to_one || self.shared.is_some() {
+        let by_tokens = !matches!(self.router.method, Method::ExpertChoice { .. });
+        let keeps_all = (self.capacity).is_none_or(|capacity| !capacity.in_evaluation);
+        if !(sums_to_one && by_tokens && keeps_all) || self.shared.is_some() {
             return Err(UpcycleError::Weights);
         }
-        let up = match dense {
-            DenseLayer::Plain(Mlp { up, .. }) | DenseLayer::Gated(GatedMlp { up, .. }) => up,
+        let (up, activation) = match dense {
+            DenseLayer::Plain(dense) => (&dense.up, dense.activation()),
+            DenseLayer::Gated(dense) => (&dense.up, dense.activation()),
         };
+        if activation != self.activation {
+            return Err(UpcycleError::Activation {
+                dense: activation,
+                experts: self.activation,
+            });
+        }
         let dims = up.weight.dims();
         let own = [self.router.d_model, self.d_ff];
         if dims != own {
@@ -79,17 +99,18 @@ impl MixtureOfExpertsConfig {
     }
 }
 
+/// The parameter with another value: a leaf, and trained if it was.
+fn replaced<const D: usize>(param: &Param<Tensor<D>>, value: Tensor<D>) -> Param<Tensor<D>> {
+    let is_trained = param.val().is_require_grad();
+    (param.clone()).map(|_| value.detach().set_require_grad(is_trained))
+}
+
 fn repeat(dense: &Linear, experts: &mut GroupedLinear) {
     let [n_experts, ..] = experts.weight.dims();
-    let copies = |weight: Tensor<2>| {
-        weight
-            .detach()
-            .unsqueeze_dim::<3>(0)
-            .repeat_dim(0, n_experts)
-    };
-    experts.weight = (experts.weight.clone()).map(|_| copies(dense.weight.val()));
-    if let (Some(to), Some(bias)) = (experts.bias.take(), &dense.bias) {
+    let copies = |weight: Tensor<2>| weight.unsqueeze_dim::<3>(0).repeat_dim(0, n_experts);
+    experts.weight = replaced(&experts.weight, copies(dense.weight.val()));
+    if let (Some(to), Some(bias)) = (&experts.bias, &dense.bias) {
         let copies = copies(bias.val().unsqueeze_dim(0)).squeeze_dim::<2>(1);
-        experts.bias = Some(to.map(|_| copies));
+        experts.bias = Some(replaced(to, copies));
     }
 }
