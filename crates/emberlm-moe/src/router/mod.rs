@@ -247,6 +247,9 @@ impl RouterConfig {
         }
         let by_scores = matches!(self.method, Method::TopK { .. });
         let unsupported = |field, reason| Err(InvalidConfig::Unsupported { field, reason });
+        if matches!(self.method, Method::Hash { .. }) && self.jitter > 0.0 {
+            return unsupported("jitter", "a hash does not look at the hidden states");
+        }
         match (by_scores, &self.groups, self.correction_bias) {
             (false, Some(_), _) => unsupported("groups", "they limit the method TopK alone"),
             (false, None, true) => {
