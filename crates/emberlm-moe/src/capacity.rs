@@ -40,7 +40,8 @@ pub enum DropPriority {
     /// All first choices before all second ones, each from the first position on: GShard, DeepSpeed's top-2. Whether a
     /// second choice stays depends on later tokens.
     FirstChoices,
-    /// Those with the largest weights: Megatron-LM's `probs`. Whether a choice stays depends on later tokens.
+    /// Those with the largest weights: Megatron-LM's `probs`; with the largest scores, where weights are renormalised
+    /// after dropping: DeepSpeed's. Whether a choice stays depends on later tokens.
     Probability,
 }
 

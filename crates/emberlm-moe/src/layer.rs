@@ -272,7 +272,6 @@ impl MixtureOfExperts {
     ///
     /// If experts are hashed and the context has no tokens.
     pub fn route(&self, x: Tensor<3>, context: &Context) -> Routing {
-        let [batch_size, seq_length, d_model] = x.dims();
         let padding = match self.config.route_padding {
             true => None,
             false => context.padding(),
@@ -293,8 +292,7 @@ impl MixtureOfExperts {
                 None => Chance::Off,
             },
         };
-        self.router
-            .forward(x.reshape([batch_size * seq_length, d_model]), &input)
+        self.router.forward(rows_of(x), &input)
     }
 
     /// As [`FeedForward::forward`], with the experts somewhere else.
@@ -304,16 +302,41 @@ impl MixtureOfExperts {
         context: &Context,
         placement: &impl Placement,
     ) -> FeedForwardOutput {
+        let routing = self.route(x.clone(), context);
+        self.forward_routed(x, routing, context, placement)
+    }
+
+    /// What comes after [`route`](Self::route): capacity, experts, losses. The routing may be of another source, as one
+    /// whose random numbers were given.
+    ///
+    /// # Shapes
+    ///
+    /// - `x`: `[batch_size, seq_length, d_model]`
+    ///
+    /// # Panics
+    ///
+    /// If the routing is of another number of tokens.
+    pub fn forward_routed(
+        &self,
+        x: Tensor<3>,
+        mut routing: Routing,
+        context: &Context,
+        placement: &impl Placement,
+    ) -> FeedForwardOutput {
         let [batch_size, seq_length, d_model] = x.dims();
         let n_tokens = batch_size * seq_length;
-        let mut routing = self.route(x.clone(), context);
+        let n_routed = routing.choices.n_tokens();
+        assert_eq!(
+            n_routed, n_tokens,
+            "routing: of {n_routed} tokens, there are {n_tokens}"
+        );
         let (kept, gates, rows) = self.kept(&routing, seq_length, context);
         routing.statistics.n_dropped = (routing.choices.all().len() - kept.all().len()) as u64;
         let hidden = match kept.all().is_empty() {
             true => x.clone().zeros_like(),
             false => {
                 let dispatch = Dispatch::new(&kept, rows);
-                let rows = dispatch.gather(x.clone().reshape([n_tokens, d_model]));
+                let rows = dispatch.gather(rows_of(x.clone()));
                 let key = context.dropout_key.map(|key| key.fold(EXPERTS));
                 let rows = placement.run(&self.experts, rows, dispatch.group_sizes(), key);
                 let sums = dispatch.combine(rows, gates);
@@ -321,8 +344,8 @@ impl MixtureOfExperts {
             }
         };
         let hidden = match &self.shared {
-            Some(shared) => hidden + shared.forward(x, &context.fold(SHARED)),
-            None => hidden,
+            Some(shared) if n_tokens > 0 => hidden + shared.forward(x, &context.fold(SHARED)),
+            _ => hidden,
         };
         FeedForwardOutput {
             hidden,
@@ -357,7 +380,11 @@ impl MixtureOfExperts {
         let weights = match capacity.priority {
             DropPriority::Position | DropPriority::FirstChoices => Vec::new(),
             DropPriority::Probability => {
-                let weights = routing.gates.clone().detach().into_data();
+                let weights = match capacity.renormalisation {
+                    Renormalisation::BeforeDropping => &routing.gates,
+                    Renormalisation::AfterDropping => &routing.scores,
+                };
+                let weights = weights.clone().detach().into_data();
                 weights.convert_dtype(DType::F64).iter::<f64>().collect()
             }
         };
@@ -423,6 +450,16 @@ impl MixtureOfExperts {
         let BiasUpdate { rate, recentred } = self.config.bias_update;
         self.router = self.router.balanced(&step.load, rate, recentred);
         self
+    }
+}
+
+/// `[batch_size * seq_length, d_model]`
+fn rows_of(x: Tensor<3>) -> Tensor<2> {
+    let [batch_size, seq_length, d_model] = x.dims();
+    match batch_size * seq_length {
+        // A zero in a new shape says to Burn that the axis stays as long as it was.
+        0 => Tensor::zeros([0, d_model], (&x.device(), x.dtype())),
+        n_tokens => x.reshape([n_tokens, d_model]),
     }
 }
 
