@@ -215,7 +215,7 @@ fn the_loss_is_that_of_the_positions_with_a_target() {
         data: data.clone(),
         ..TokenBatch::new(tokens.clone(), labels.clone())
     };
-    let loss = model.loss(batch, &CrossEntropyConfig::new());
+    let loss = model.loss(batch, &CrossEntropyConfig::new()).cross_entropy;
     let scores = model.masked_scores(model.hidden_states(tokens, None, data, None));
     let config = CrossEntropyConfig::new().with_ignored_target(Some(IGNORED_TARGET));
     let n_tokens = batch_size * seq_length;

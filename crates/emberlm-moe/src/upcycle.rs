@@ -1,9 +1,9 @@
 //! Upcycling: experts made of a trained dense layer.
 
 use burn::{nn::Linear, tensor::Tensor};
-use emberlm_core::{GatedMlp, Mlp};
+use emberlm_core::{DenseLayer, GatedMlp, Mlp};
 
-use crate::{DenseLayer, Experts, Gates, GroupedLinear, MixtureOfExperts, MixtureOfExpertsConfig};
+use crate::{Experts, Gates, GroupedLinear, MixtureOfExperts, MixtureOfExpertsConfig};
 
 /// A dense layer that a mixture cannot be made of.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -33,7 +33,7 @@ pub use emberlm_text::{
 };
 pub use error::TrainingError;
 pub use gradients::{global_norm, scale_gradients};
-pub use learner::{LanguageModel, StepOutput, StepProgress, Trainable};
+pub use learner::{AuxiliaryWeights, LanguageModel, StepOutput, StepProgress, Trainable};
 pub use loader::{EvaluationLoader, Numbered, TrainingLoader};
 pub use memory::peak_memory_bytes;
 pub use metrics::{metric_name, register_metrics};
@@ -41,7 +41,7 @@ pub use objective::{Batching, Masked, MaskedConfig, Objective, Spans, SpansConfi
 pub use optimizer::adamw;
 pub use pairs::{PairBatches, PairEvaluationLoader, PairLoader, TokenPair, pair_batch};
 pub use renderer::{LineRenderer, short_duration};
-pub use run::{MetricsLog, Report, RunError, RunFolder, RunHistory, StepRecord};
+pub use run::{MetricsLog, Report, RoutingRecord, RunError, RunFolder, RunHistory, StepRecord};
 pub use schedule::{InverseSquareRoot, LearningRateSchedule, ScheduleKind, WarmupCosine};
 pub use session::{Counters, Session};
 pub use trainer::{Ending, MAX_SKIPPED_IN_A_ROW, Trained, Trainer, Watch, evaluate};
