@@ -18,7 +18,7 @@ use emberlm::{
         RouterConfig,
     },
 };
-use emberlm_bench::{Pass, Times, check_size, time, uniform};
+use emberlm_bench::{Pass, check_size, time, uniform};
 use emberlm_examples::{choose_device, exit_with};
 use peak_alloc::PeakAlloc;
 use serde::Serialize;
@@ -141,11 +141,9 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
     let pass = Pass {
         backward: args.backward,
     };
-    let before = MEMORY.current_usage();
-    MEMORY.reset_peak_usage();
-    let Times { median, min } = time(args.repeats, || {
+    let times = time(&MEMORY, &device, args.repeats, || {
         pass.end(layer(pass.leaf(&x)));
-    });
+    })?;
     let flops = 6.0 * (args.d_model * args.d_ff * args.top_k * args.tokens) as f64;
     let flops = if args.backward { 3.0 * flops } else { flops };
     let figures = Figures {
@@ -156,11 +154,11 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
         top_k: args.top_k,
         tokens: args.tokens,
         backward: args.backward,
-        device: device_name,
-        median_ms: median.as_secs_f64() * 1e3,
-        min_ms: min.as_secs_f64() * 1e3,
-        gflops: flops / median.as_secs_f64() / 1e9,
-        peak_bytes: MEMORY.peak_usage().saturating_sub(before),
+        device: device_name.to_string(),
+        median_ms: times.median_ms,
+        min_ms: times.min_ms,
+        gflops: flops / times.median_ms / 1e6,
+        peak_bytes: times.peak_bytes,
     };
     if args.json {
         println!("{}", serde_json::to_string(&figures)?);
