@@ -63,13 +63,14 @@ fn check_transformer(
         &context(source_length, &source_padding),
         None,
     );
-    let encoded = model.decoder.project_source(encoded, source_padding);
+    let encoded = model.decoder.project_source(encoded.hidden, source_padding);
     let target_padding = hidden_keys(&fixture, "in.target_padding");
     let output = model.decoder.forward(
         target.clone(),
         &context(target_length, &target_padding),
         Some(&encoded),
     );
+    let output = output.hidden;
 
     // What stands at padded targets means nothing.
     let is_padding: Vec<bool> = padding(&fixture, "in.target_padding").concat();

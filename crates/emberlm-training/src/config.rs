@@ -51,18 +51,8 @@ pub struct TrainingConfig {
     /// Weight of the z-loss. Default: 0.
     #[config(default = 0.0)]
     pub z_loss: f64,
-    /// Weight of the balance loss of layers that route their tokens. Switch Transformer: 0.01. Default: 0.01.
-    #[config(default = 0.01)]
-    pub balance_loss: f64,
-    /// Weight of the z-loss of routers. ST-MoE: 0.001. Default: 0.001.
-    #[config(default = 1e-3)]
-    pub router_z_loss: f64,
-    /// Weight of Shazeer's loss by importance, 0.1 there. Default: 0.1.
-    #[config(default = 0.1)]
-    pub importance_loss: f64,
-    /// Weight of Shazeer's loss by load, 0.1 there. Default: 0.1.
-    #[config(default = 0.1)]
-    pub load_loss: f64,
+    /// Weights of the losses of layers that route their tokens. Default: the published ones.
+    pub auxiliary: Option<AuxiliaryWeights>,
     /// Seed of batches and dropout. Default: 0.
     #[config(default = 0)]
     pub seed: u64,
@@ -130,10 +120,6 @@ impl TrainingConfig {
             ("weight_decay", self.weight_decay, true),
             ("max_gradient_norm", self.max_gradient_norm, false),
             ("z_loss", self.z_loss, true),
-            ("balance_loss", self.balance_loss, true),
-            ("router_z_loss", self.router_z_loss, true),
-            ("importance_loss", self.importance_loss, true),
-            ("load_loss", self.load_loss, true),
         ] {
             if !(value.is_finite() && (value > 0.0 || zero_allowed && value == 0.0)) {
                 return Err(InvalidConfig::Range {
@@ -147,17 +133,12 @@ impl TrainingConfig {
                 });
             }
         }
-        Ok(())
+        self.auxiliary_weights().validate()
     }
 
     /// The weights of the losses of layers that route their tokens.
     pub fn auxiliary_weights(&self) -> AuxiliaryWeights {
-        AuxiliaryWeights {
-            balance: self.balance_loss,
-            router_z: self.router_z_loss,
-            importance: self.importance_loss,
-            load: self.load_loss,
-        }
+        self.auxiliary.unwrap_or_else(AuxiliaryWeights::new)
     }
 
     /// The learning-rate schedule.

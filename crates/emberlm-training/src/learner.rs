@@ -10,7 +10,7 @@ use emberlm_core::{
     RoutingStatistics, TokenBatch,
 };
 
-use crate::TrainingConfig;
+use crate::{AuxiliaryWeights, TrainingConfig};
 
 /// What the trainer can train: a Burn module with a loss.
 pub trait Trainable: Module + ModuleDisplay + LossModel + 'static {}
@@ -122,30 +122,6 @@ pub struct LanguageModel<M: Module> {
     auxiliary: AuxiliaryWeights,
 }
 
-/// The weights of the auxiliary losses of layers that route their tokens.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct AuxiliaryWeights {
-    /// Of the balance loss.
-    pub balance: f64,
-    /// Of the loss that keeps a router's logits small.
-    pub router_z: f64,
-    /// Of the loss by the sums of the gates.
-    pub importance: f64,
-    /// Of the loss by the expected load.
-    pub load: f64,
-}
-
-impl AuxiliaryWeights {
-    fn of(&self, kind: AuxiliaryKind) -> f64 {
-        match kind {
-            AuxiliaryKind::Balance => self.balance,
-            AuxiliaryKind::RouterZ => self.router_z,
-            AuxiliaryKind::Importance => self.importance,
-            AuxiliaryKind::Load => self.load,
-        }
-    }
-}
-
 const KINDS: [AuxiliaryKind; 4] = [
     AuxiliaryKind::Balance,
     AuxiliaryKind::RouterZ,
@@ -160,7 +136,7 @@ impl<M: Trainable> LanguageModel<M> {
             model,
             loss: counting_targets().with_label_smoothing(label_smoothing),
             z_loss,
-            auxiliary: AuxiliaryWeights::default(),
+            auxiliary: AuxiliaryWeights::none(),
         }
     }
 

@@ -3,6 +3,7 @@
 //! It takes losses and batches and knows no concrete model: anything that is a Burn module and an
 //! [`emberlm_core::LossModel`] can be trained.
 
+mod auxiliary;
 mod checkpoint;
 mod config;
 mod error;
@@ -23,6 +24,7 @@ mod windows;
 
 pub use emberlm_core::TokenBatch;
 
+pub use auxiliary::AuxiliaryWeights;
 pub use checkpoint::{
     Checkpoint, CheckpointError, CheckpointReader, CheckpointStore, Damage, Damaged, Disk, Fault,
     FaultyDisk, Loaded, Operation, Storage,
@@ -33,7 +35,7 @@ pub use emberlm_text::{
 };
 pub use error::TrainingError;
 pub use gradients::{global_norm, scale_gradients};
-pub use learner::{AuxiliaryWeights, LanguageModel, StepOutput, StepProgress, Trainable};
+pub use learner::{LanguageModel, StepOutput, StepProgress, Trainable};
 pub use loader::{EvaluationLoader, Numbered, TrainingLoader};
 pub use memory::peak_memory_bytes;
 pub use metrics::{metric_name, register_metrics};
