@@ -362,9 +362,10 @@ impl Row<'_> {
                     |trainer| {
                         let work = Work::new("reading the held-out text", "windows");
                         let model = &trainer.session.model;
-                        let loss = evaluate_unless_stopped(model, &evaluation(&all), work, stop)?;
-                        Ok(loss.map(|loss| Measured {
-                            loss,
+                        let figures =
+                            evaluate_unless_stopped(model, &evaluation(&all), work, stop)?;
+                        Ok(figures.map(|figures| Measured {
+                            loss: figures.loss(),
                             accuracy: None,
                         }))
                     },

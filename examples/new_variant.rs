@@ -16,9 +16,8 @@ use burn::{
 use clap::Parser;
 use emberlm::{
     core::{
-        Context, CrossEntropy, CrossEntropyConfig, FeedForwardConfig, InvalidConfig, Lengths,
-        LossModel, Mlp, ResidualBlock, ResidualBlockConfig, SequenceMixer, TokenBatch,
-        assert_valid,
+        Context, CrossEntropyConfig, FeedForwardConfig, InvalidConfig, Lengths, LossModel, Mlp,
+        ModelLoss, ResidualBlock, ResidualBlockConfig, SequenceMixer, TokenBatch, assert_valid,
     },
     text::Corpus,
     training::{LanguageModel, Session, TrainingConfig, TrainingLoader, TrainingWindows},
@@ -174,13 +173,14 @@ impl ByteModel {
 }
 
 impl LossModel for ByteModel {
-    fn loss(&self, batch: TokenBatch, config: &CrossEntropyConfig) -> CrossEntropy {
+    fn loss(&self, batch: TokenBatch, config: &CrossEntropyConfig) -> ModelLoss {
         let [_, length] = batch.inputs.dims();
         let context = Context::new(Lengths::square(length));
         let x = self.bytes.forward(batch.inputs);
         let x = (self.blocks.iter()).fold(x, |x, block| block.forward(x, &context));
         let scores = self.scores.forward(x);
-        config.forward(scores.flatten(0, 1), batch.targets.flatten(0, 1))
+        let targets = batch.targets.flatten(0, 1);
+        config.forward(scores.flatten(0, 1), targets).into()
     }
 }
 // ANCHOR_END: model

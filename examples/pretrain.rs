@@ -11,9 +11,9 @@ use emberlm::{
     training::RunFolder,
 };
 use emberlm_examples::{
-    AttentionChoice, ModelConfig, ObjectiveKind, Overrides, Place, Preset, Pretraining, RunConfig,
-    Start, Stop, TokenizerRecord, Vocabulary, Work, announce_text, check_writable, choose_device,
-    exit_code, say, shipped,
+    AttentionChoice, BalanceChoice, ModelConfig, ObjectiveKind, Overrides, Place, Preset,
+    Pretraining, RunConfig, Start, Stop, TokenizerRecord, Vocabulary, Work, announce_text,
+    check_writable, choose_device, exit_code, say, shipped,
 };
 
 /// Pretrain a language model on text
@@ -42,6 +42,9 @@ struct Args {
     /// its encoder [default: the preset's]
     #[arg(long, value_name = "PATTERN")]
     pattern: Option<AttentionChoice>,
+    /// How the experts of a model that has some are kept equally busy [default: the preset's]
+    #[arg(long)]
+    balance: Option<BalanceChoice>,
     /// Keep attention within documents, where a window holds several
     #[arg(long)]
     documents: bool,
@@ -122,6 +125,7 @@ fn plan(args: &Args) -> Result<Pretraining, AnyError> {
         documents: args.documents,
         preset: args.preset,
         attention: args.pattern.clone(),
+        balance: args.balance,
         file: args.config.clone(),
         steps: args.steps,
         batch_size: args.batch_size,

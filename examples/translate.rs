@@ -523,7 +523,8 @@ fn score(
     let loss = |pairs: Arc<[TokenPair]>| {
         let loader = held_out_loader(plan, pairs, &all, device);
         let work = Work::new("reading the held-out pairs", "pairs");
-        evaluate_unless_stopped(&trainer.session.model, &loader, work, stop)
+        let figures = evaluate_unless_stopped(&trainer.session.model, &loader, work, stop)?;
+        Ok::<_, AnyError>(figures.map(|figures| figures.loss()))
     };
     let (Some(valid_loss), Some(shuffled_sources_loss)) = (
         loss(plan.held_out.clone())?,

@@ -7,9 +7,12 @@ use plotters::{
     style::text_anchor::{HPos, Pos, VPos},
 };
 
-use crate::plot::{
-    Drawn, FONT, INK, MARGIN, PlotError, drawing, register_bundled_font, shortened, text_width,
-    writing,
+use crate::{
+    load_map::shade,
+    plot::{
+        Drawn, FONT, INK, MARGIN, PlotError, drawing, register_bundled_font, shortened, text_width,
+        writing,
+    },
 };
 
 const CELL: i32 = 36;
@@ -17,7 +20,6 @@ const LABEL: i32 = 20;
 // No label takes more room.
 const LONGEST_LABEL: i32 = 220;
 const GAP: i32 = 8;
-const DARKEST: RGBColor = RGBColor(0, 68, 136);
 
 /// Draws attention weights: a column for each token that is read, a row for each that is written, darker for more.
 ///
@@ -76,16 +78,10 @@ pub fn draw_attention(
         for (row, y) in weights.iter().zip((top..).step_by(CELL as usize)) {
             for (weight, x) in row.iter().zip((left..).step_by(CELL as usize)) {
                 let cell = [(x, y), (x + CELL - 1, y + CELL - 1)];
-                picture.draw(&Rectangle::new(cell, shade(*weight).filled()))?;
+                picture.draw(&Rectangle::new(cell, shade(f64::from(*weight)).filled()))?;
             }
         }
         picture.present()
     };
     draw().map_err(drawing(png))
-}
-
-/// From white at 0 to the darkest at 1.
-fn shade(weight: f32) -> RGBColor {
-    let mixed = |dark: u8| (255.0 - (255.0 - f32::from(dark)) * weight.clamp(0.0, 1.0)) as u8;
-    RGBColor(mixed(DARKEST.0), mixed(DARKEST.1), mixed(DARKEST.2))
 }

@@ -87,7 +87,9 @@ mod tests {
         assert_eq!(rows, [4, 4, 3]);
 
         let language_model = LanguageModel::new(model.clone(), 0.0, 0.0);
-        let loss = evaluate(&language_model, &loader, |_, _| Ok(())).unwrap();
+        let loss = evaluate(&language_model, &loader, |_, _| Ok(()))
+            .unwrap()
+            .loss();
         assert!((figures.loss - loss).abs() < 1e-6 * loss);
         let mut n_known = 0;
         for batch in loader.iter() {

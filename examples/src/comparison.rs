@@ -197,6 +197,7 @@ mod tests {
             seconds: step as f64,
             skipped: false,
             valid_loss: validated.contains(&step).then_some(10.0 / step as f64),
+            routing: None,
         };
         RunHistory {
             name: name.into(),

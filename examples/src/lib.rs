@@ -2,6 +2,7 @@
 
 mod attention_choice;
 mod attention_map;
+mod balance_choice;
 mod class_accuracy;
 mod comparison;
 mod device;
@@ -10,6 +11,7 @@ mod document_pattern;
 mod document_table;
 mod exit;
 mod filling;
+mod load_map;
 mod loaded_run;
 mod masked_accuracy;
 mod model_config;
@@ -36,6 +38,7 @@ mod work;
 
 pub use attention_choice::{AttentionChoice, ParseAttentionError};
 pub use attention_map::draw_attention;
+pub use balance_choice::BalanceChoice;
 pub use class_accuracy::{ClassAccuracy, class_accuracy};
 pub use comparison::{CompareArguments, CompareError, compare};
 pub use device::{DeviceError, choose_device};
@@ -46,6 +49,7 @@ pub use document_pattern::{DocumentPattern, PatternSizes};
 pub use document_table::{Chance, DocumentTable, RowReport};
 pub use exit::{exit_code, exit_with};
 pub use filling::{Completion, FillError, Sentence, fill_masked, fill_spans};
+pub use load_map::draw_load;
 pub use loaded_run::{LoadedRun, RunModel};
 pub use masked_accuracy::{MaskedAccuracy, NeighbourTable, masked_accuracy};
 pub use model_config::ModelConfig;

@@ -689,6 +689,7 @@ mod tests {
             seconds: 1.0,
             skipped: false,
             valid_loss,
+            routing: None,
         }
     }
 

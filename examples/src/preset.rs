@@ -3,8 +3,12 @@
 use clap::ValueEnum;
 use emberlm::{
     attention::{BigBirdAttentionConfig, RandomPlan, SparseTransformerAttentionConfig},
-    core::{Global, NormConfig, NormPlacement, RotaryLayout, Window},
-    models::{DecoderConfig, EncoderConfig, EncoderDecoderConfig, LayerAttention, PositionsConfig},
+    core::{Activation, Global, NormConfig, NormPlacement, RotaryLayout, Window},
+    models::{
+        DecoderConfig, EncoderConfig, EncoderDecoderConfig, ExpertLayers, LayerAttention,
+        PositionsConfig,
+    },
+    moe::{BalanceLoss, MixtureOfExpertsConfig, RouterConfig},
     training::TrainingConfig,
 };
 
@@ -17,6 +21,8 @@ pub enum Preset {
     Tiny,
     /// A decoder of 6 layers, width 384, 6 heads: 10.8 M parameters.
     Small,
+    /// Tiny with 8 experts in each layer, of which a token takes 2 of half the width: as many active parameters.
+    MoeTiny,
     /// An encoder of tiny's size, for masked tokens.
     BertTiny,
     /// Tiny with the strided attention of the Sparse Transformer, on sequences of 1,024.
@@ -45,6 +51,7 @@ impl Preset {
         let (model, learning_rate, [batch_size, seq_length]) = match self {
             Self::Tiny => (decoder(4, 128, 4), 2e-3, short),
             Self::Small => (decoder(6, 384, 6), 1e-3, short),
+            Self::MoeTiny => (moe_tiny(), 2e-3, short),
             Self::SparseTiny => (sparse_tiny(), 2e-3, long),
             Self::BertTiny => (ModelConfig::Encoder(bert_tiny()), 2e-3, short),
             Self::LongformerTiny => (longformer_tiny(), 2e-3, long),
@@ -72,6 +79,19 @@ fn rotary_positions() -> PositionsConfig {
 fn decoder(n_layers: usize, d_model: usize, n_heads: usize) -> ModelConfig {
     let config = DecoderConfig::new(N_BYTE_VALUES, n_layers, d_model, n_heads);
     ModelConfig::Decoder(config.with_positions(learned_positions()))
+}
+
+/// Mixtral's router, with the Switch Transformer's balance loss and ST-MoE's z-loss; plain experts, as tiny's own layers.
+fn moe_tiny() -> ModelConfig {
+    let mixture = MixtureOfExpertsConfig::new(RouterConfig::mixtral(128, 8, 2), 256)
+        .with_activation(Activation::Gelu)
+        .with_gated(false)
+        .with_balance(Some(BalanceLoss::Switch))
+        .with_z_loss(true);
+    let config = DecoderConfig::new(N_BYTE_VALUES, 4, 128, 4)
+        .with_positions(learned_positions())
+        .with_experts(Some(ExpertLayers::new(mixture)));
+    ModelConfig::Decoder(config)
 }
 
 /// A stride near the root of the length, as the paper advises.

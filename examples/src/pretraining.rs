@@ -17,8 +17,9 @@ use emberlm::{
     models::{Decoder, Encoder, EncoderDecoder},
     text::{CacheState, Corpus, TokenFile, TokenStream, Tokenizer},
     training::{
-        Batching, EvaluationLoader, EvaluationWindows, LanguageModel, Objective, Report, RunFolder,
-        Trainable, Trainer, TrainingError, TrainingLoader, TrainingWindows,
+        Batching, EvaluationLoader, EvaluationWindows, LanguageModel, Objective, Report,
+        RoutingRecord, RunFolder, StepOutput, Trainable, Trainer, TrainingError, TrainingLoader,
+        TrainingWindows,
     },
 };
 
@@ -194,7 +195,8 @@ impl Pretraining {
     ) -> Result<Option<f64>, TrainingError> {
         let work = Work::new("reading the held-out text", "windows");
         let model = LanguageModel::new(model, 0.0, 0.0);
-        evaluate_unless_stopped(&model, &self.whole_held_out(device), work, stop)
+        let figures = evaluate_unless_stopped(&model, &self.whole_held_out(device), work, stop)?;
+        Ok(figures.map(|figures| figures.loss()))
     }
 }
 
@@ -281,7 +283,7 @@ fn announce<N: Trainable>(plan: &Pretraining, folder: &RunFolder, trainer: &Trai
 
 /// The figures of the whole held-out text.
 struct Measured {
-    loss: f64,
+    figures: StepOutput,
     accuracy: Option<MaskedAccuracy>,
 }
 
@@ -295,13 +297,13 @@ fn measure<N: Shown>(
     let loader = plan.whole_held_out(device);
     let work = Work::new("reading the held-out text", "windows");
     let model = &trainer.session.model;
-    let Some(loss) = evaluate_unless_stopped(model, &loader, work, stop)? else {
+    let Some(figures) = evaluate_unless_stopped(model, &loader, work, stop)? else {
         return Ok(None);
     };
     match model.model.valid().accuracy(plan, device, stop) {
         Err(TrainingError::Stopped) => Ok(None),
         accuracy => Ok(Some(Measured {
-            loss,
+            figures,
             accuracy: accuracy?,
         })),
     }
@@ -320,7 +322,8 @@ fn report<N: Trainable>(
     let report = Report {
         masked_accuracy: measured.accuracy.map(|accuracy| accuracy.model),
         neighbour_accuracy: measured.accuracy.map(|accuracy| accuracy.neighbours),
-        ..final_figures(trainer, folder, measured.loss, bytes_per_token)?
+        routing: RoutingRecord::of(&measured.figures),
+        ..final_figures(trainer, folder, measured.figures.loss(), bytes_per_token)?
     };
     report.write(folder.file(Report::FILE_NAME))?;
     if let Some(path) = place.report {
@@ -332,6 +335,7 @@ fn report<N: Trainable>(
         Objective::Spans(_) => "the spans of the whole held-out text",
     };
     say_figures(trainer, &report, held_out);
+    say_routing(&measured.figures);
     if let Some(accuracy) = measured.accuracy {
         say(format_args!(
             "masked accuracy: {:.1} % of {} hidden tokens; a table of counts by neighbours finds {:.1} %",
@@ -341,6 +345,25 @@ fn report<N: Trainable>(
         ));
     }
     Ok(())
+}
+
+/// Says how a model that routes its tokens spreads them over its experts.
+fn say_routing(figures: &StepOutput) {
+    for (layer, routing) in &figures.routing {
+        say(format_args!(
+            "experts of layer {layer}: the busiest has {:.2} times its share, the idlest {:.2}; entropy {:.3} nats{}",
+            1.0 + routing.max_violation(),
+            routing.least_share(),
+            routing.entropy(),
+            match routing.n_dropped {
+                0 => String::new(),
+                _ => format!(
+                    "; {:.2} % of the choices dropped",
+                    100.0 * routing.dropped_share()
+                ),
+            }
+        ));
+    }
 }
 
 /// A model that can show what it has learned.

@@ -15,7 +15,7 @@ use serde_json::{Map, Value};
 use thiserror::Error;
 
 use crate::{
-    AttentionChoice, ModelConfig, ObjectiveKind, Preset, Vocabulary,
+    AttentionChoice, BalanceChoice, ModelConfig, ObjectiveKind, Preset, Vocabulary,
     model_config::{ARCHITECTURE, FieldError, parse_value},
     preset::N_BYTE_VALUES,
 };
@@ -113,6 +113,8 @@ pub struct Overrides {
     pub preset: Option<Preset>,
     /// Which tokens a token sees.
     pub attention: Option<AttentionChoice>,
+    /// How experts are kept busy.
+    pub balance: Option<BalanceChoice>,
     /// A JSON file with fields of `model` and `training`.
     pub file: Option<PathBuf>,
     /// Number of steps.
@@ -308,7 +310,7 @@ impl Overrides {
         if let Some(path) = &self.file {
             sections = sections.overlaid(path)?;
         }
-        self.apply(&mut sections);
+        self.apply(&mut sections)?;
         sections.validate(vocabulary.n_tokens)?;
         Ok(sections)
     }
@@ -330,7 +332,7 @@ impl Overrides {
         if let Some(path) = &self.file {
             sections = sections.overlaid(path)?;
         }
-        self.apply(&mut sections);
+        self.apply(&mut sections)?;
         let mut resumed = run.clone();
         if let Some(steps) = self.steps {
             resumed.training.steps = steps;
@@ -366,7 +368,7 @@ impl Overrides {
         Ok(resumed)
     }
 
-    fn apply(&self, sections: &mut Sections) {
+    fn apply(&self, sections: &mut Sections) -> Result<(), ConfigError> {
         let training = &mut sections.training;
         training.steps = self.steps.unwrap_or(training.steps);
         training.batch_size = self.batch_size.unwrap_or(training.batch_size);
@@ -376,9 +378,17 @@ impl Overrides {
         if let Some(attention) = &self.attention {
             attention.apply(&mut sections.model);
         }
+        if let Some(balance) = self.balance {
+            let applied = balance.apply(&mut sections.model);
+            applied.map_err(|source| ConfigError::Invalid {
+                section: MODEL,
+                source,
+            })?;
+        }
         if let Some(seed) = self.seed {
             sections.model.set_seed(seed);
         }
+        Ok(())
     }
 }
 

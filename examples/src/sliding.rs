@@ -123,7 +123,7 @@ impl Score {
         };
         let batch = TokenBatch::new(tensor(Row::inputs), tensor(Row::targets));
         let counting = CrossEntropyConfig::new().with_ignored_target(Some(IGNORED_TARGET));
-        let loss = model.loss(batch, &counting);
+        let loss = model.loss(batch, &counting).cross_entropy;
         self.nll_sum += f64::from(loss.nll_sum.into_scalar::<f32>());
         self.n_tokens += rows.iter().map(Row::n_scored).sum::<usize>();
     }
@@ -270,7 +270,9 @@ mod tests {
         let (_, device) = choose_device(None).expect("a device");
         let loader = EvaluationLoader::new(windows, &all, 3, &device);
         let language_model = LanguageModel::new(model(&device), 0.0, 0.0);
-        let expected = evaluate(&language_model, &loader, |_, _| Ok(())).expect("in memory");
+        let expected = evaluate(&language_model, &loader, |_, _| Ok(()))
+            .expect("in memory")
+            .loss();
 
         let score = score_of(&bytes, &sliding(WINDOW, 3));
         assert_eq!(score.n_tokens, bytes.len() - 1);

@@ -19,12 +19,12 @@ use emberlm::{
     training::{
         CheckpointReader, CheckpointStore, Ending, LanguageModel, LineRenderer,
         MAX_SKIPPED_IN_A_ROW, MetricsLog, Report, RunError, RunFolder, RunHistory, ScheduleKind,
-        Session, Trainable, Trained, Trainer, TrainingConfig, TrainingError, Watch, evaluate,
-        peak_memory_bytes, short_duration,
+        Session, StepOutput, Trainable, Trained, Trainer, TrainingConfig, TrainingError, Watch,
+        evaluate, peak_memory_bytes, short_duration,
     },
 };
 
-use crate::{Stop, Work, complain, keep_ctrl_c, plot, say};
+use crate::{Stop, Work, complain, draw_load, keep_ctrl_c, plot, say};
 
 type AnyError = Box<dyn Error>;
 
@@ -68,7 +68,7 @@ pub fn prepare<N: Trainable>(
     training: &TrainingConfig,
     folder: &RunFolder,
 ) -> Result<Trainer<N>, AnyError> {
-    let model = LanguageModel::new(model, training.label_smoothing, training.z_loss);
+    let model = LanguageModel::with_config(model, training);
     let mut session = Session::new(model, training);
     let checkpoints = CheckpointStore::open(&folder.file(RunFolder::CHECKPOINTS))?;
     if let Some(loaded) = checkpoints.reader().load_newest()? {
@@ -225,7 +225,7 @@ fn message(payload: &(dyn Any + Send)) -> Option<&str> {
         .or_else(|| payload.downcast_ref::<String>().map(String::as_str))
 }
 
-/// The loss over all of a loader, whose progress `work` shows; nothing if a signal came in between.
+/// The figures over all of a loader, whose progress `work` shows; nothing if a signal came in between.
 ///
 /// # Errors
 ///
@@ -235,7 +235,7 @@ pub fn evaluate_unless_stopped<N: Trainable>(
     loader: &dyn DataLoader<TokenBatch>,
     mut work: Work,
     stop: &Stop,
-) -> Result<Option<f64>, TrainingError> {
+) -> Result<Option<StepOutput>, TrainingError> {
     let total = loader.num_items() as u64;
     let mut done = 0;
     let result = evaluate(model, loader, |_, rows| {
@@ -277,6 +277,8 @@ pub fn final_figures<N: Trainable>(
         &folder.file("curves.svg"),
         &folder.file("curves.png"),
     )?;
+    let records = MetricsLog::read(folder.file(MetricsLog::FILE_NAME))?;
+    draw_load(&records, &folder.file("experts.png"))?;
     Ok(Report {
         train_loss: Some(train_loss),
         valid_loss: Some(valid_loss),

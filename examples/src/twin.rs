@@ -60,7 +60,7 @@ pub fn serve(
     input: impl BufRead,
     mut output: impl Write,
 ) -> Result<(), AnyError> {
-    let model = LanguageModel::new(model, training.label_smoothing, training.z_loss);
+    let model = LanguageModel::with_config(model, training);
     let mut session = Session::new(model, training);
     let mut batches = loader.iter();
     let parameters = session.model.num_params();

@@ -1,5 +1,7 @@
 //! A batch of training: sequences of tokens, what each position should say, and what else comes along.
 
+use std::sync::Arc;
+
 use burn::tensor::{Device, Int, Tensor, TensorData};
 
 use crate::{BatchData, RandomKey};
@@ -24,6 +26,36 @@ pub struct TokenBatch {
     pub source: Option<Source>,
     /// Where dropout draws from in training.
     pub dropout_key: Option<RandomKey>,
+    /// What of the step of training is done already.
+    pub so_far: StepSoFar,
+}
+
+/// What of a step of training is done already.
+#[derive(Debug, Clone, Default)]
+pub struct StepSoFar {
+    /// How many steps were done before.
+    pub step: u64,
+    /// How often each expert was chosen in the earlier micro-batches of this step, by the number of the layer.
+    pub loads: Arc<[(usize, Arc<[u64]>)]>,
+}
+
+impl StepSoFar {
+    /// That of one layer.
+    pub fn load(&self, layer: usize) -> Option<Arc<[u64]>> {
+        let found = self.loads.iter().find(|(of, _)| *of == layer);
+        found.map(|(_, load)| load.clone())
+    }
+
+    /// That of the layers from `first` on, numbered from there.
+    pub fn from_layer(&self, first: usize) -> Self {
+        let loads = self.loads.iter().filter(|(layer, _)| *layer >= first);
+        Self {
+            step: self.step,
+            loads: loads
+                .map(|(layer, load)| (layer - first, load.clone()))
+                .collect(),
+        }
+    }
 }
 
 impl TokenBatch {
@@ -35,6 +67,7 @@ impl TokenBatch {
             data: BatchData::new(),
             source: None,
             dropout_key: None,
+            so_far: StepSoFar::default(),
         }
     }
 }

@@ -9,6 +9,7 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 
 use crate::{
     BatchData, BlockSizes, CacheSlots, Global, Lengths, Pattern, PatternError, RandomKey, Schedule,
+    StepSoFar,
 };
 
 /// What the stack tells every layer: how long the sequences are and where they begin, what the batch brings (padding,
@@ -36,9 +37,9 @@ pub struct Context {
     pub bias: Option<Tensor<4>>,
     /// The tokens that the hidden states began as: what experts by a hash go by. Shape: `[batch_size, query_length]`.
     pub tokens: Option<Tensor<2, Int>>,
-    /// How many steps of training have been done: what schedules inside of layers go by.
-    pub step: u64,
-    /// How often each expert of this layer was chosen in the earlier micro-batches of this step.
+    /// What of the step of training is done already.
+    pub so_far: StepSoFar,
+    /// The layer's part of it: how often each expert was chosen in the earlier micro-batches of this step.
     pub earlier_load: Option<Arc<[u64]>>,
     data: Arc<BatchData>,
     left_padding: Option<Arc<[usize]>>,
@@ -62,7 +63,7 @@ impl Context {
             dropout_key: None,
             bias: None,
             tokens: None,
-            step: 0,
+            so_far: StepSoFar::default(),
             earlier_load: None,
             data: Arc::new(BatchData::new()),
             left_padding: None,
@@ -192,16 +193,18 @@ impl Context {
         self
     }
 
-    /// Adds the number of steps that have been done.
-    pub fn with_step(mut self, step: u64) -> Self {
-        self.step = step;
+    /// Adds what of the step of training is done already.
+    pub fn with_so_far(mut self, so_far: StepSoFar) -> Self {
+        self.so_far = so_far;
         self
     }
 
-    /// Adds the load of the earlier micro-batches.
-    pub fn with_earlier_load(mut self, load: Option<Arc<[u64]>>) -> Self {
-        self.earlier_load = load;
-        self
+    /// That of a layer of a stack: with a random key of its own, and the load of its experts so far.
+    pub fn of_layer(&self, layer: usize) -> Self {
+        Self {
+            earlier_load: self.so_far.load(layer),
+            ..self.fold(layer as u64)
+        }
     }
 
     /// Turns dropout on, drawn from `key`.

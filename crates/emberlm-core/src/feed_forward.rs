@@ -72,6 +72,18 @@ impl FeedForwardConfig {
         }
     }
 
+    /// Makes either.
+    ///
+    /// # Panics
+    ///
+    /// If the config is invalid.
+    pub fn init_dense(&self, gated: bool, device: &Device) -> DenseLayer {
+        match gated {
+            true => DenseLayer::Gated(self.init_gated(device)),
+            false => DenseLayer::Plain(self.init(device)),
+        }
+    }
+
     fn linear(&self, d_input: usize, d_output: usize, device: &Device) -> Linear {
         LinearConfig::new(d_input, d_output)
             .with_bias(self.bias)
@@ -156,6 +168,24 @@ impl FeedForward for GatedMlp {
         );
         let hidden = dropout(hidden, self.dropout, context.dropout_key);
         project(&self.down, hidden).into()
+    }
+}
+
+/// A plain or a gated layer.
+#[derive(Module, Debug)]
+pub enum DenseLayer {
+    /// `down(f(up(x)))`
+    Plain(Mlp),
+    /// `down(f(gate(x)) * up(x))`
+    Gated(GatedMlp),
+}
+
+impl FeedForward for DenseLayer {
+    fn forward(&self, x: Tensor<3>, context: &Context) -> FeedForwardOutput {
+        match self {
+            Self::Plain(layer) => layer.forward(x, context),
+            Self::Gated(layer) => layer.forward(x, context),
+        }
     }
 }
 

@@ -29,13 +29,13 @@ mod schedule;
 mod text_stream;
 
 pub use activation::Activation;
-pub use batch::{IGNORED_TARGET, Source, TokenBatch};
+pub use batch::{IGNORED_TARGET, Source, StepSoFar, TokenBatch};
 pub use block::{CrossInput, NormPlacement, ResidualBlock, ResidualBlockConfig, ResidualStream};
 pub use cache::{CachePositions, DecodingCache, KvCache, RingError, select_rows};
 pub use context::Context;
 pub use dropout::dropout;
 pub use error::{InvalidConfig, assert_valid};
-pub use feed_forward::{FeedForwardConfig, GatedMlp, Mlp};
+pub use feed_forward::{DenseLayer, FeedForwardConfig, GatedMlp, Mlp};
 pub use file::{replace_file, sync_folder_of};
 pub use generation::{
     BatchGenerator, BeamConfig, BeamSearch, EarlyStopping, ForbiddenTokens, ForcedFirstToken,
@@ -43,10 +43,10 @@ pub use generation::{
     LogitProcessor, LogitProcessors, MinimumNewTokens, NoRepeatNGram, RepetitionPenalty,
     SampleError, Sampler, SamplingConfig, log_probabilities, log_probabilities_from,
 };
-pub use init::{Gpt2Init, XavierInit};
+pub use init::{Gpt2Init, SwitchInit, XavierInit};
 pub use loss::{CrossEntropy, CrossEntropyConfig};
 pub use mixer::{CrossMixer, FeedForward, NoCross, SequenceMixer};
-pub use model::{CachedModel, CausalModel, LossModel};
+pub use model::{CachedModel, CausalModel, LossModel, ModelLoss};
 pub use norm::{LayerNorm, Norm, NormConfig, RmsNorm};
 pub use pattern::{
     At, BatchData, BlockPlan, Blockwise, CacheSlots, Dilated, Fixed, Global, Horizon, Lengths,

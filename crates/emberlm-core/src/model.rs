@@ -2,7 +2,10 @@
 
 use burn::tensor::{Int, Tensor};
 
-use crate::{CrossEntropy, CrossEntropyConfig, DecodingCache, RandomKey, TokenBatch};
+use crate::{
+    CrossEntropy, CrossEntropyConfig, DecodingCache, LayerRouting, RandomKey, RoutingStatistics,
+    TokenBatch,
+};
 
 /// A model that scores the next token at every position of a sequence.
 pub trait CausalModel {
@@ -28,7 +31,40 @@ pub trait LossModel {
     /// # Panics
     ///
     /// If the batch brings what the model cannot read, such as a source for a model without an encoder.
-    fn loss(&self, batch: TokenBatch, config: &CrossEntropyConfig) -> CrossEntropy;
+    fn loss(&self, batch: TokenBatch, config: &CrossEntropyConfig) -> ModelLoss;
+
+    /// How many layers route their tokens: these have auxiliary losses and statistics. A dense model has none.
+    fn n_routed_layers(&self) -> usize {
+        0
+    }
+
+    /// The model after a step of training, with what each routed layer saw in all of the step, by the layer's number. What
+    /// changes outside of the gradient changes here, and nowhere else: validation leaves it alone.
+    fn after_step(self, routing: &[(usize, RoutingStatistics)]) -> Self
+    where
+        Self: Sized,
+    {
+        let _ = routing;
+        self
+    }
+}
+
+/// The loss of a model, and what the routing of its tokens gave besides. A dense model gives a cross-entropy, by `.into()`.
+#[derive(Debug, Clone)]
+pub struct ModelLoss {
+    /// The loss of the scores.
+    pub cross_entropy: CrossEntropy,
+    /// Auxiliary losses and statistics of the layers that route their tokens.
+    pub routing: Vec<LayerRouting>,
+}
+
+impl From<CrossEntropy> for ModelLoss {
+    fn from(cross_entropy: CrossEntropy) -> Self {
+        Self {
+            cross_entropy,
+            routing: Vec::new(),
+        }
+    }
 }
 
 /// A model that scores the next token step by step: the one trait that all of generation stands on.

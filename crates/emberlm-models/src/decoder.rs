@@ -8,14 +8,15 @@ use burn::{
 };
 use emberlm_core::{
     Activation, BatchData, CachePositions, CachedModel, CausalModel, CrossEntropy,
-    CrossEntropyConfig, Gpt2Init, InvalidConfig, Lengths, LossModel, NormConfig, NormPlacement,
-    Pattern, PatternError, RandomKey, RingError, TokenBatch, assert_valid,
+    CrossEntropyConfig, Gpt2Init, InvalidConfig, Lengths, LossModel, ModelLoss, NormConfig,
+    NormPlacement, Pattern, PatternError, RandomKey, RingError, RoutingStatistics, TokenBatch,
+    assert_valid,
     operators::{Projection, projected_cross_entropy},
 };
 
 use crate::{
-    FeedForwardKind, LayerAttention, PositionsConfig, Stack, StackCache, StackConfig,
-    TokenEmbedding, TokenEmbeddingConfig,
+    ExpertLayers, FeedForwardKind, LayerAttention, PositionsConfig, Stack, StackCache, StackConfig,
+    StackOutput, TokenEmbedding, TokenEmbeddingConfig,
 };
 
 /// Configuration of a [`Decoder`]. The defaults are GPT-2's, without biases.
@@ -45,6 +46,8 @@ pub struct DecoderConfig {
     /// Kind of feed-forward layer. Default: plain.
     #[config(default = "FeedForwardKind::Plain")]
     pub feed_forward: FeedForwardKind,
+    /// Blocks that have a mixture of experts in place of that layer. Default: none.
+    pub experts: Option<ExpertLayers>,
     /// Non-linearity of the feed-forward layers. Default: exact GELU.
     #[config(default = "Activation::Gelu")]
     pub activation: Activation,
@@ -94,6 +97,9 @@ impl DecoderConfig {
         self.check_size()?;
         self.embedding().validate()?;
         self.check_pattern()?;
+        if let Some(experts) = &self.experts {
+            experts.validate_causal()?;
+        }
         self.stack().validate()
     }
 
@@ -187,6 +193,7 @@ impl DecoderConfig {
             .with_norm(self.norm.clone())
             .with_norm_placement(self.norm_placement)
             .with_feed_forward(self.feed_forward)
+            .with_experts(self.experts.clone())
             .with_activation(self.activation)
             .with_bias(self.bias)
             .with_dropout(self.dropout)
@@ -244,7 +251,7 @@ impl Decoder {
         dropout_key: Option<RandomKey>,
     ) -> Tensor<3> {
         let (x, context) = self.embedding.whole(tokens, None, data, dropout_key);
-        self.stack.forward(x, &context, None)
+        self.stack.forward(x, &context, None).hidden
     }
 
     /// Scores of the next token from hidden states.
@@ -288,13 +295,30 @@ impl LossModel for Decoder {
     /// # Panics
     ///
     /// If the batch has a source: there is no encoder.
-    fn loss(&self, batch: TokenBatch, config: &CrossEntropyConfig) -> CrossEntropy {
+    fn loss(&self, batch: TokenBatch, config: &CrossEntropyConfig) -> ModelLoss {
         assert!(
             batch.source.is_none(),
             "source: a decoder-only model has no encoder to read it"
         );
-        let hidden = self.hidden_states(batch.inputs, batch.data, batch.dropout_key);
-        projected_loss(hidden, &self.projection(), batch.targets, config)
+        let embedding = &self.embedding;
+        let (x, context) = embedding.whole(batch.inputs, None, batch.data, batch.dropout_key);
+        let context = context.with_so_far(batch.so_far);
+        let StackOutput { hidden, routing } = self.stack.forward(x, &context, None);
+        ModelLoss {
+            cross_entropy: projected_loss(hidden, &self.projection(), batch.targets, config),
+            routing,
+        }
+    }
+
+    fn n_routed_layers(&self) -> usize {
+        self.stack.n_routed_layers()
+    }
+
+    fn after_step(self, routing: &[(usize, RoutingStatistics)]) -> Self {
+        Self {
+            stack: self.stack.after_step(0, routing),
+            ..self
+        }
     }
 }
 
@@ -330,6 +354,7 @@ impl CachedModel for Decoder {
 
     fn forward_cached(&self, tokens: Tensor<2, Int>, cache: &mut StackCache) -> Tensor<3> {
         let context = cache.context(tokens.dims()[1]);
+        let context = context.with_tokens(Some(tokens.clone()));
         let x = self.embedding.forward(tokens, None, &context);
         self.project(self.stack.forward_cached(x, &context, cache))
     }

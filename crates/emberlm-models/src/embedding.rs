@@ -271,8 +271,8 @@ impl TokenEmbedding {
         let context = Context::new(Lengths::square(seq_length))
             .with_data(batch_size, data)
             .with_dropout_key(dropout_key);
-        let x = self.forward(tokens, types, &context.fold(EMBEDDING));
-        (x, context.fold(STACK))
+        let x = self.forward(tokens.clone(), types, &context.fold(EMBEDDING));
+        (x, context.fold(STACK).with_tokens(Some(tokens)))
     }
 
     /// Tokens and positions. Rows that are padded on the left have positions of their own.

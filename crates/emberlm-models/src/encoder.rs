@@ -7,15 +7,15 @@ use burn::{
     tensor::{Device, Int, Tensor, TensorData, s},
 };
 use emberlm_core::{
-    Activation, BatchData, CrossEntropy, CrossEntropyConfig, Gpt2Init, IGNORED_TARGET,
-    InvalidConfig, LossModel, Norm, NormConfig, NormPlacement, Pattern, RandomKey, TokenBatch,
+    Activation, BatchData, CrossEntropyConfig, Gpt2Init, IGNORED_TARGET, InvalidConfig, LossModel,
+    ModelLoss, Norm, NormConfig, NormPlacement, Pattern, RandomKey, RoutingStatistics, TokenBatch,
     assert_valid,
     operators::{activate, cross_entropy, linear, project},
 };
 
 use crate::{
-    FeedForwardKind, LayerAttention, PositionsConfig, Stack, StackConfig, TokenEmbedding,
-    TokenEmbeddingConfig,
+    ExpertLayers, FeedForwardKind, LayerAttention, PositionsConfig, Stack, StackConfig,
+    StackOutput, TokenEmbedding, TokenEmbeddingConfig,
 };
 
 /// Configuration of an [`Encoder`]. The defaults are BERT's.
@@ -46,6 +46,8 @@ pub struct EncoderConfig {
     /// Kind of feed-forward layer. Default: plain.
     #[config(default = "FeedForwardKind::Plain")]
     pub feed_forward: FeedForwardKind,
+    /// Blocks that have a mixture of experts in place of that layer. Default: none.
+    pub experts: Option<ExpertLayers>,
     /// Non-linearity of the feed-forward layers and of the masked head. Default: exact GELU.
     #[config(default = "Activation::Gelu")]
     pub activation: Activation,
@@ -119,6 +121,7 @@ impl EncoderConfig {
             .with_norm(self.norm.clone())
             .with_norm_placement(self.norm_placement)
             .with_feed_forward(self.feed_forward)
+            .with_experts(self.experts.clone())
             .with_activation(self.activation)
             .with_bias(self.bias)
             .with_dropout(self.dropout)
@@ -190,6 +193,14 @@ impl Encoder {
         dropout_key: Option<RandomKey>,
     ) -> Tensor<3> {
         let (x, context) = self.embedding.whole(tokens, types, data, dropout_key);
+        self.stack.forward(x, &context, None).hidden
+    }
+
+    /// What the stack makes of the inputs of a batch.
+    pub(crate) fn read(&self, batch: &TokenBatch) -> StackOutput {
+        let (inputs, data) = (batch.inputs.clone(), batch.data.clone());
+        let (x, context) = self.embedding.whole(inputs, None, data, batch.dropout_key);
+        let context = context.with_so_far(batch.so_far.clone());
         self.stack.forward(x, &context, None)
     }
 
@@ -231,14 +242,28 @@ impl LossModel for Encoder {
     /// # Panics
     ///
     /// If there is no masked head, or the batch has a source.
-    fn loss(&self, batch: TokenBatch, config: &CrossEntropyConfig) -> CrossEntropy {
+    fn loss(&self, batch: TokenBatch, config: &CrossEntropyConfig) -> ModelLoss {
         assert!(
             batch.source.is_none(),
             "source: an encoder-only model reads its inputs alone"
         );
-        let hidden = self.hidden_states(batch.inputs, None, batch.data, batch.dropout_key);
+        let StackOutput { hidden, routing } = self.read(&batch);
         let (hidden, targets) = with_targets(hidden, batch.targets);
-        cross_entropy(config, self.masked_scores(hidden), targets, None)
+        ModelLoss {
+            cross_entropy: cross_entropy(config, self.masked_scores(hidden), targets, None),
+            routing,
+        }
+    }
+
+    fn n_routed_layers(&self) -> usize {
+        self.stack.n_routed_layers()
+    }
+
+    fn after_step(self, routing: &[(usize, RoutingStatistics)]) -> Self {
+        Self {
+            stack: self.stack.after_step(0, routing),
+            ..self
+        }
     }
 }
 

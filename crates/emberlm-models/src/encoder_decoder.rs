@@ -7,14 +7,14 @@ use burn::{
     tensor::{Device, Int, Tensor},
 };
 use emberlm_core::{
-    Activation, BatchData, CachedModel, Context, CrossEntropy, CrossEntropyConfig, InvalidConfig,
-    LossModel, NormConfig, NormPlacement, Pattern, RandomKey, Source, TokenBatch, XavierInit,
-    assert_valid, operators::Projection,
+    Activation, BatchData, CachedModel, Context, CrossEntropyConfig, InvalidConfig, LayerRouting,
+    LossModel, ModelLoss, NormConfig, NormPlacement, Pattern, RandomKey, RoutingStatistics, Source,
+    StepSoFar, TokenBatch, XavierInit, assert_valid, operators::Projection,
 };
 
 use crate::{
-    FeedForwardKind, LayerAttention, PositionsConfig, Stack, StackCache, StackConfig, StackSource,
-    TokenEmbedding, TokenEmbeddingConfig, decoder::projected_loss,
+    ExpertLayers, FeedForwardKind, LayerAttention, PositionsConfig, Stack, StackCache, StackConfig,
+    StackOutput, StackSource, TokenEmbedding, TokenEmbeddingConfig, decoder::projected_loss,
 };
 
 /// Configuration of an [`EncoderDecoder`]. The defaults are those of Vaswani et al. 2017, but that the norms stand before.
@@ -52,6 +52,8 @@ pub struct EncoderDecoderConfig {
     /// Kind of feed-forward layer. Default: plain.
     #[config(default = "FeedForwardKind::Plain")]
     pub feed_forward: FeedForwardKind,
+    /// Blocks of the encoder and of the decoder that have a mixture of experts in place of that layer. Default: none.
+    pub experts: Option<ExpertLayers>,
     /// Non-linearity of the feed-forward layers. Default: ReLU.
     #[config(default = "Activation::Relu")]
     pub activation: Activation,
@@ -83,7 +85,11 @@ impl EncoderDecoderConfig {
         ])?;
         self.embedding(self.vocab_size).validate()?;
         self.encoder().validate()?;
-        self.decoder().validate()
+        self.decoder().validate()?;
+        match &self.experts {
+            Some(experts) => experts.validate_causal(),
+            None => Ok(()),
+        }
     }
 
     /// Makes the model, initialised as in tensor2tensor from `seed`: the same values on every backend.
@@ -120,6 +126,7 @@ impl EncoderDecoderConfig {
             .with_norm_placement(self.norm_placement)
             .with_final_norm(self.final_norm)
             .with_feed_forward(self.feed_forward)
+            .with_experts(self.experts.clone())
             .with_activation(self.activation)
             .with_bias(self.bias)
             .with_dropout(self.dropout)
@@ -185,9 +192,19 @@ impl EncoderDecoder {
     ///
     /// If the source is longer than the learned positions.
     pub fn encode(&self, source: Source, dropout_key: Option<RandomKey>) -> Tensor<3> {
+        self.read(source, dropout_key, StepSoFar::default()).hidden
+    }
+
+    fn read(
+        &self,
+        source: Source,
+        dropout_key: Option<RandomKey>,
+        so_far: StepSoFar,
+    ) -> StackOutput {
         let embedding = self.source_embedding.as_ref().unwrap_or(&self.embedding);
         let key = dropout_key.map(|key| key.fold(SOURCE));
         let (x, context) = embedding.whole(source.tokens, None, source.data, key);
+        let context = context.with_so_far(so_far);
         self.encoder.forward(x, &context, None)
     }
 
@@ -207,7 +224,13 @@ impl EncoderDecoder {
         tokens: Tensor<2, Int>,
         dropout_key: Option<RandomKey>,
     ) -> Tensor<3> {
-        let hidden = self.hidden_states(source, tokens, BatchData::new(), dropout_key);
+        let target = Target {
+            dropout_key,
+            ..Target::new(tokens)
+        };
+        let (_, hidden) = self.decode(source, target, |decoder, x, context, source| {
+            decoder.forward(x, context, Some(source)).hidden
+        });
         self.projection().forward(hidden)
     }
 
@@ -231,40 +254,32 @@ impl EncoderDecoder {
     ///
     /// As [`forward`](Self::forward).
     pub fn cross_attention(&self, source: Source, tokens: Tensor<2, Int>) -> Tensor<4> {
-        self.decode(source, tokens, BatchData::new(), None, Stack::cross_weights)
+        self.decode(source, Target::new(tokens), Stack::cross_weights)
+            .1
     }
 
-    fn hidden_states(
-        &self,
-        source: Source,
-        tokens: Tensor<2, Int>,
-        data: BatchData,
-        dropout_key: Option<RandomKey>,
-    ) -> Tensor<3> {
-        self.decode(
-            source,
-            tokens,
-            data,
-            dropout_key,
-            |decoder, x, context, source| decoder.forward(x, context, Some(source)),
-        )
-    }
-
-    /// What `run` makes of the decoder, the vectors of the target's tokens, their context and the projected source.
+    /// What the encoder routed, and what `run` makes of the decoder, the vectors of the target's tokens, their context and
+    /// the projected source.
     fn decode<T>(
         &self,
         source: Source,
-        tokens: Tensor<2, Int>,
-        data: BatchData,
-        dropout_key: Option<RandomKey>,
+        target: Target,
         run: impl FnOnce(&Stack, Tensor<3>, &Context, &StackSource) -> T,
-    ) -> T {
+    ) -> (Vec<LayerRouting>, T) {
+        let Target {
+            tokens,
+            data,
+            dropout_key,
+            so_far,
+        } = target;
         let source_data = source.data.clone();
-        let encoded = self.encode(source, dropout_key);
-        let source = self.decoder.project_source(encoded, source_data);
+        let encoded = self.read(source, dropout_key, so_far.clone());
+        let source = self.decoder.project_source(encoded.hidden, source_data);
         let key = dropout_key.map(|key| key.fold(TARGET));
         let (x, context) = self.embedding.whole(tokens, None, data, key);
-        run(&self.decoder, x, &context, &source)
+        let so_far = so_far.from_layer(self.encoder.blocks.len());
+        let context = context.with_so_far(so_far);
+        (encoded.routing, run(&self.decoder, x, &context, &source))
     }
 
     fn projection(&self) -> Projection {
@@ -291,6 +306,7 @@ impl CachedModel for EncoderDecoder {
 
     fn forward_cached(&self, tokens: Tensor<2, Int>, cache: &mut StackCache) -> Tensor<3> {
         let context = cache.context(tokens.dims()[1]);
+        let context = context.with_tokens(Some(tokens.clone()));
         let x = self.embedding.forward(tokens, None, &context);
         let hidden = self.decoder.forward_cached(x, &context, cache);
         self.projection().forward(hidden)
@@ -301,9 +317,58 @@ impl LossModel for EncoderDecoder {
     /// # Panics
     ///
     /// If the batch has no source.
-    fn loss(&self, batch: TokenBatch, config: &CrossEntropyConfig) -> CrossEntropy {
+    fn loss(&self, batch: TokenBatch, config: &CrossEntropyConfig) -> ModelLoss {
         let source = (batch.source).expect("source: the batch has none for the encoder to read");
-        let hidden = self.hidden_states(source, batch.inputs, batch.data, batch.dropout_key);
-        projected_loss(hidden, &self.projection(), batch.targets, config)
+        let target = Target {
+            tokens: batch.inputs,
+            data: batch.data,
+            dropout_key: batch.dropout_key,
+            so_far: batch.so_far,
+        };
+        let (mut routing, output) = self.decode(source, target, |decoder, x, context, source| {
+            decoder.forward(x, context, Some(source))
+        });
+        // The layers of the decoder are numbered after those of the encoder.
+        let first = self.encoder.blocks.len();
+        routing.extend(output.routing.into_iter().map(|routing| LayerRouting {
+            layer: first + routing.layer,
+            ..routing
+        }));
+        ModelLoss {
+            cross_entropy: projected_loss(output.hidden, &self.projection(), batch.targets, config),
+            routing,
+        }
+    }
+
+    fn n_routed_layers(&self) -> usize {
+        self.encoder.n_routed_layers() + self.decoder.n_routed_layers()
+    }
+
+    fn after_step(self, routing: &[(usize, RoutingStatistics)]) -> Self {
+        let first = self.encoder.blocks.len();
+        Self {
+            encoder: self.encoder.after_step(0, routing),
+            decoder: self.decoder.after_step(first, routing),
+            ..self
+        }
+    }
+}
+
+/// What a decoder reads besides its source.
+struct Target {
+    tokens: Tensor<2, Int>,
+    data: BatchData,
+    dropout_key: Option<RandomKey>,
+    so_far: StepSoFar,
+}
+
+impl Target {
+    fn new(tokens: Tensor<2, Int>) -> Self {
+        Self {
+            tokens,
+            data: BatchData::new(),
+            dropout_key: None,
+            so_far: StepSoFar::default(),
+        }
     }
 }

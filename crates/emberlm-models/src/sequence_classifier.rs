@@ -7,12 +7,12 @@ use burn::{
     tensor::{Device, Int, Tensor, s},
 };
 use emberlm_core::{
-    BatchData, CrossEntropy, CrossEntropyConfig, Gpt2Init, InvalidConfig, LossModel, RandomKey,
-    TokenBatch, assert_valid, dropout,
+    BatchData, CrossEntropyConfig, Gpt2Init, InvalidConfig, LossModel, ModelLoss, RandomKey,
+    RoutingStatistics, TokenBatch, assert_valid, dropout,
     operators::{cross_entropy, project},
 };
 
-use crate::{Encoder, EncoderConfig, encoder::with_targets};
+use crate::{Encoder, EncoderConfig, StackOutput, encoder::with_targets};
 
 /// Configuration of a [`SequenceClassifier`].
 #[derive(Config, Debug)]
@@ -185,7 +185,7 @@ impl LossModel for SequenceClassifier {
     /// # Panics
     ///
     /// If the targets have another shape, or the batch has a source.
-    fn loss(&self, batch: TokenBatch, config: &CrossEntropyConfig) -> CrossEntropy {
+    fn loss(&self, batch: TokenBatch, config: &CrossEntropyConfig) -> ModelLoss {
         assert!(
             batch.source.is_none(),
             "source: a classifier reads its inputs alone"
@@ -196,16 +196,26 @@ impl LossModel for SequenceClassifier {
             "targets: a sequence of {seq_length} has 1 class or {seq_length}, got {n_targets}"
         );
         let key = batch.dropout_key;
-        let hidden = (self.encoder).hidden_states(batch.inputs, None, batch.data, key);
+        let StackOutput { hidden, routing } = self.encoder.read(&batch);
         let (hidden, targets) = match n_targets {
             1 => (self.read(hidden), batch.targets.squeeze_dim(1)),
             _ => with_targets(hidden, batch.targets),
         };
-        cross_entropy(
-            config,
-            self.head.forward(hidden, head_key(key)),
-            targets,
-            None,
-        )
+        let scores = self.head.forward(hidden, head_key(key));
+        ModelLoss {
+            cross_entropy: cross_entropy(config, scores, targets, None),
+            routing,
+        }
+    }
+
+    fn n_routed_layers(&self) -> usize {
+        self.encoder.n_routed_layers()
+    }
+
+    fn after_step(self, routing: &[(usize, RoutingStatistics)]) -> Self {
+        Self {
+            encoder: self.encoder.after_step(routing),
+            ..self
+        }
     }
 }

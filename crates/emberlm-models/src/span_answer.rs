@@ -7,12 +7,12 @@ use burn::{
     tensor::{Bool, Device, Int, Tensor, TensorData, s},
 };
 use emberlm_core::{
-    BatchData, CrossEntropy, CrossEntropyConfig, Gpt2Init, InvalidConfig, LossModel, RandomKey,
-    TokenBatch, assert_valid,
+    BatchData, CrossEntropyConfig, Gpt2Init, InvalidConfig, LossModel, ModelLoss, RandomKey,
+    RoutingStatistics, TokenBatch, assert_valid,
     operators::{cross_entropy, project},
 };
 
-use crate::{Encoder, EncoderConfig};
+use crate::{Encoder, EncoderConfig, StackOutput};
 
 /// Configuration of a [`SpanAnswer`].
 #[derive(Config, Debug)]
@@ -98,11 +98,16 @@ impl SpanAnswer {
         data: BatchData,
         dropout_key: Option<RandomKey>,
     ) -> SpanScores {
-        let ([batch_size, seq_length], device) = (tokens.dims(), tokens.device());
+        let hidden = (self.encoder).hidden_states(tokens, types, data.clone(), dropout_key);
+        self.scores_of(hidden, &data)
+    }
+
+    /// Scores of the hidden states of the encoder.
+    fn scores_of(&self, hidden: Tensor<3>, data: &BatchData) -> SpanScores {
+        let ([batch_size, seq_length, _], device) = (hidden.dims(), hidden.device());
         let hidden_keys: Option<Vec<Vec<bool>>> = (0..batch_size)
             .map(|row| data.hidden_keys(row).map(<[bool]>::to_vec))
             .collect();
-        let hidden = (self.encoder).hidden_states(tokens, types, data, dropout_key);
         let mut both = project(&self.ends, hidden).swap_dims(1, 2);
         if let Some(hidden_keys) = &hidden_keys {
             let mask = TensorData::new(hidden_keys.concat(), [batch_size, 1, seq_length]);
@@ -182,7 +187,7 @@ impl LossModel for SpanAnswer {
     /// # Panics
     ///
     /// If the targets have another shape, the batch has a source, or labels are smoothed over hidden positions.
-    fn loss(&self, batch: TokenBatch, config: &CrossEntropyConfig) -> CrossEntropy {
+    fn loss(&self, batch: TokenBatch, config: &CrossEntropyConfig) -> ModelLoss {
         assert!(
             batch.source.is_none(),
             "source: a model that finds spans reads its inputs alone"
@@ -192,7 +197,8 @@ impl LossModel for SpanAnswer {
             n_targets, 2,
             "targets: a span has a beginning and an end, got {n_targets}"
         );
-        let scores = self.scores(batch.inputs, None, batch.data, batch.dropout_key);
+        let StackOutput { hidden, routing } = self.encoder.read(&batch);
+        let scores = self.scores_of(hidden, &batch.data);
         assert!(
             config.label_smoothing == 0.0 || scores.hidden_keys.is_none(),
             "label_smoothing: hidden positions must have no probability"
@@ -200,6 +206,21 @@ impl LossModel for SpanAnswer {
         let [_, _, seq_length] = scores.both.dims();
         let n_rows = 2 * batch_size;
         let both = scores.both.reshape([n_rows, seq_length]);
-        cross_entropy(config, both, batch.targets.reshape([n_rows]), None)
+        let targets = batch.targets.reshape([n_rows]);
+        ModelLoss {
+            cross_entropy: cross_entropy(config, both, targets, None),
+            routing,
+        }
+    }
+
+    fn n_routed_layers(&self) -> usize {
+        self.encoder.n_routed_layers()
+    }
+
+    fn after_step(self, routing: &[(usize, RoutingStatistics)]) -> Self {
+        Self {
+            encoder: self.encoder.after_step(routing),
+            ..self
+        }
     }
 }

@@ -11,13 +11,15 @@ use emberlm_attention::{
 };
 use emberlm_core::{
     Activation, BatchData, CachePositions, Context, CrossInput, CrossMixer, DecodingCache,
-    FeedForward, FeedForwardConfig, FeedForwardOutput, GatedMlp, Global, InvalidConfig, KvCache,
-    Lengths, Mlp, Norm, NormConfig, NormPlacement, Pattern, RelativeBias, RelativeBiasConfig,
-    ResidualBlock, ResidualBlockConfig, ResidualStream, RingError, RotaryConfig, SequenceMixer,
-    Window, alibi_slopes, assert_valid,
+    DenseLayer, FeedForward, FeedForwardConfig, FeedForwardOutput, Global, InvalidConfig, KvCache,
+    LayerRouting, Lengths, Norm, NormConfig, NormPlacement, Pattern, RelativeBias,
+    RelativeBiasConfig, ResidualBlock, ResidualBlockConfig, ResidualStream, RingError,
+    RotaryConfig, RoutingStatistics, SequenceMixer, Window, alibi_slopes, assert_valid,
 };
 
-use crate::LayerAttention;
+use emberlm_moe::MixtureOfExperts;
+
+use crate::{ExpertLayers, LayerAttention};
 
 /// The kind of feed-forward layer.
 #[derive(Config, Debug, Copy, PartialEq, Eq)]
@@ -61,6 +63,8 @@ pub struct StackConfig {
     /// Kind of feed-forward layer. Default: plain.
     #[config(default = "FeedForwardKind::Plain")]
     pub feed_forward: FeedForwardKind,
+    /// Blocks that have a mixture of experts in place of that layer. Default: none.
+    pub experts: Option<ExpertLayers>,
     /// Non-linearity of the feed-forward layers. Default: ReLU.
     #[config(default = "Activation::Relu")]
     pub activation: Activation,
@@ -103,6 +107,9 @@ impl StackConfig {
         }
         self.check_layers()?;
         self.mlp().validate()?;
+        if let Some(experts) = &self.experts {
+            experts.validate(self.d_model, self.n_layers)?;
+        }
         self.block().validate()
     }
 
@@ -121,7 +128,7 @@ impl StackConfig {
                     .with_dropout(self.dropout)
                     .init(device)
             });
-            let feed_forward = self.feed_forward_layer(device);
+            let feed_forward = self.feed_forward_layer(layer, device);
             let mixer = self.mixer(&self.layer(layer), device);
             (self.block()).init_with_cross(mixer, cross, feed_forward, device)
         };
@@ -152,10 +159,15 @@ impl StackConfig {
             .with_dropout(self.dropout)
     }
 
-    fn feed_forward_layer(&self, device: &Device) -> FeedForwardLayer {
-        match self.feed_forward {
-            FeedForwardKind::Plain => FeedForwardLayer::Plain(self.mlp().init(device)),
-            FeedForwardKind::Gated => FeedForwardLayer::Gated(self.mlp().init_gated(device)),
+    fn feed_forward_layer(&self, layer: usize, device: &Device) -> FeedForwardLayer {
+        match &self.experts {
+            Some(experts) if experts.has(layer) => {
+                FeedForwardLayer::Experts(experts.mixture.init(device))
+            }
+            _ => {
+                let gated = self.feed_forward == FeedForwardKind::Gated;
+                FeedForwardLayer::Dense(self.mlp().init_dense(gated, device))
+            }
         }
     }
 
@@ -318,21 +330,34 @@ impl SequenceMixer for Mixer {
 }
 
 /// The feed-forward layer of a block.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "a model has one a layer, made once"
+)]
 #[derive(Module, Debug)]
 pub enum FeedForwardLayer {
-    /// `down(f(up(x)))`
-    Plain(Mlp),
-    /// `down(f(gate(x)) * up(x))`
-    Gated(GatedMlp),
+    /// One layer for all tokens.
+    Dense(DenseLayer),
+    /// A mixture of experts.
+    Experts(MixtureOfExperts),
 }
 
 impl FeedForward for FeedForwardLayer {
     fn forward(&self, x: Tensor<3>, context: &Context) -> FeedForwardOutput {
         match self {
-            Self::Plain(layer) => layer.forward(x, context),
-            Self::Gated(layer) => layer.forward(x, context),
+            Self::Dense(layer) => layer.forward(x, context),
+            Self::Experts(layer) => layer.forward(x, context),
         }
     }
+}
+
+/// The hidden states of a stack, and what the routing of its tokens gave besides.
+#[derive(Debug, Clone)]
+pub struct StackOutput {
+    /// `[batch_size, seq_length, d_model]`
+    pub hidden: Tensor<3>,
+    /// Of each block that routes its tokens, by the block's number.
+    pub routing: Vec<LayerRouting>,
 }
 
 /// Residual blocks one after the other, and a last norm: `norm(block_n(.. block_1(x)))`.
@@ -348,7 +373,7 @@ impl FeedForward for FeedForwardLayer {
 /// let device = Device::flex();
 /// let encoder = StackConfig::new(2, 16, 4).init(&device);
 /// let y = encoder.forward(Tensor::ones([1, 5, 16], &device), &Context::new(Lengths::square(5)), None);
-/// assert_eq!(y.dims(), [1, 5, 16]);
+/// assert_eq!(y.hidden.dims(), [1, 5, 16]);
 /// ```
 #[derive(Module, Debug)]
 pub struct Stack {
@@ -451,7 +476,7 @@ impl Stack {
     ///
     /// # Shapes
     ///
-    /// - `x`, output: `[batch_size, seq_length, d_model]`
+    /// - `x`, hidden states of the output: `[batch_size, seq_length, d_model]`
     ///
     /// # Panics
     ///
@@ -461,7 +486,7 @@ impl Stack {
         x: Tensor<3>,
         context: &Context,
         source: Option<&StackSource>,
-    ) -> Tensor<3> {
+    ) -> StackOutput {
         self.run(x, context, source, |block, stream, context, cross, _| {
             block.forward_stream(stream, context, cross)
         })
@@ -491,6 +516,7 @@ impl Stack {
                 block.forward_stream_cached(stream, context, cross, &mut layers[i])
             },
         )
+        .hidden
     }
 
     /// How much each position takes of each position of the source in the last block, by head.
@@ -582,13 +608,42 @@ impl Stack {
         }
     }
 
+    /// How many blocks route their tokens.
+    pub fn n_routed_layers(&self) -> usize {
+        let routes = |block: &&Block| matches!(block.feed_forward, FeedForwardLayer::Experts(_));
+        self.blocks.iter().filter(routes).count()
+    }
+
+    /// The stack after a step of training, with what its blocks saw: see
+    /// [`LossModel::after_step`](emberlm_core::LossModel::after_step). `first` is the number of the first block among the
+    /// layers of the model.
+    pub(crate) fn after_step(
+        mut self,
+        first: usize,
+        routing: &[(usize, RoutingStatistics)],
+    ) -> Self {
+        for (layer, statistics) in routing {
+            let block = layer
+                .checked_sub(first)
+                .and_then(|i| self.blocks.get_mut(i));
+            if let Some(ResidualBlock {
+                feed_forward: FeedForwardLayer::Experts(experts),
+                ..
+            }) = block
+            {
+                experts.after_step(statistics);
+            }
+        }
+        self
+    }
+
     fn run(
         &self,
         x: Tensor<3>,
         context: &Context,
         source: Option<&StackSource>,
         mut step: impl FnMut(&Block, ResidualStream, &Context, Cross<'_>, usize) -> ResidualStream,
-    ) -> Tensor<3> {
+    ) -> StackOutput {
         let [batch_size, query_length, _] = x.dims();
         let cross_context = source.map(|source| {
             let lengths = Lengths::new(query_length, source.length);
@@ -600,18 +655,40 @@ impl Stack {
             None => context,
         };
         let mut stream = ResidualStream::new(x);
+        let mut all_routing = Vec::new();
         for (i, block) in self.blocks.iter().enumerate() {
             let cross = source.zip(cross_context.as_ref());
             let cross = cross.map(|(source, context)| CrossInput {
                 source: &source.layers[i],
                 context,
             });
-            stream = step(block, stream, &context.fold(i as u64), cross, i);
+            stream = step(block, stream, &context.of_layer(i), cross, i);
+            all_routing.extend(stream.take_routing().into_iter().map(|routing| {
+                tell_of_numbers(i, &routing.statistics);
+                LayerRouting {
+                    layer: i,
+                    ..routing
+                }
+            }));
         }
-        match &self.norm {
-            Some(norm) => stream.norm(norm).1,
-            None => stream.into_sum(),
+        StackOutput {
+            hidden: match &self.norm {
+                Some(norm) => stream.norm(norm).1,
+                None => stream.into_sum(),
+            },
+            routing: all_routing,
         }
+    }
+}
+
+/// Says that scores of a router are no numbers: the loss will be none either.
+fn tell_of_numbers(layer: usize, statistics: &RoutingStatistics) {
+    if statistics.n_not_finite > 0 {
+        log::error!(
+            "layer {layer}: the router's scores of {} of {} tokens are no numbers",
+            statistics.n_not_finite,
+            statistics.n_tokens
+        );
     }
 }
 

@@ -148,7 +148,7 @@ fn the_loss_of_a_class_is_its_cross_entropy() {
         data,
         ..TokenBatch::new(tokens, targets(classes.map(|class| [class]), &device))
     };
-    let loss = model.loss(batch, &counting());
+    let loss = model.loss(batch, &counting()).cross_entropy;
     assert_losses(&loss, expected_loss(scores, &classes));
 }
 
@@ -173,7 +173,7 @@ fn parts_of_a_sequence_have_classes() {
         data,
         ..TokenBatch::new(tokens, targets(classes, &device))
     };
-    assert_losses(&model.loss(batch, &counting()), expected);
+    assert_losses(&model.loss(batch, &counting()).cross_entropy, expected);
 }
 
 #[test]
@@ -242,7 +242,11 @@ fn assert_all_have_gradients<M: Module + LossModel>(model: &M, targets: Tensor<2
         dropout_key: Some(RandomKey::new(1)),
         ..TokenBatch::new(tokens, targets)
     };
-    let gradients = model.loss(batch, &counting()).nll_sum.backward();
+    let gradients = model
+        .loss(batch, &counting())
+        .cross_entropy
+        .nll_sum
+        .backward();
     let gradients = gradients_by_name(model, &gradients);
     let parameters = parameters_by_name(model);
     assert!(gradients.keys().eq(parameters.keys()), "{gradients:?}");
@@ -319,7 +323,7 @@ fn the_loss_of_a_span_is_the_mean_of_both_ends() {
         data,
         ..TokenBatch::new(tokens, targets(spans, &device))
     };
-    let loss = model.loss(batch, &counting());
+    let loss = model.loss(batch, &counting()).cross_entropy;
     assert_losses(&loss, [start[0] + end[0], 4.0]);
     let mean: f64 = loss.mean().into_data().iter::<f64>().sum();
     let expected = (start[0] / 2.0 + end[0] / 2.0) / 2.0;

@@ -63,13 +63,14 @@ fn check_transformer(
         &context(source_length, &source_padding),
         None,
     );
-    let encoded = model.decoder.project_source(encoded, source_padding);
+    let encoded = model.decoder.project_source(encoded.hidden, source_padding);
     let target_padding = hidden_keys(&fixture, "in.target_padding");
     let output = model.decoder.forward(
         target.clone(),
         &context(target_length, &target_padding),
         Some(&encoded),
     );
+    let output = output.hidden;
 
     // What stands at padded targets means nothing.
     let is_padding: Vec<bool> = padding(&fixture, "in.target_padding").concat();
@@ -215,7 +216,7 @@ fn the_loss_is_that_of_the_positions_with_a_target() {
         data: data.clone(),
         ..TokenBatch::new(tokens.clone(), labels.clone())
     };
-    let loss = model.loss(batch, &CrossEntropyConfig::new());
+    let loss = model.loss(batch, &CrossEntropyConfig::new()).cross_entropy;
     let scores = model.masked_scores(model.hidden_states(tokens, None, data, None));
     let config = CrossEntropyConfig::new().with_ignored_target(Some(IGNORED_TARGET));
     let n_tokens = batch_size * seq_length;

@@ -7,7 +7,7 @@ use burn::{
 };
 use emberlm_core::{
     Activation, InvalidConfig, RandomKey, assert_valid, dropout,
-    operators::{activate, gate, grouped_matmuls},
+    operators::{Implementation, activate, gate, grouped_matmuls_by},
 };
 
 /// Configuration of [`Experts`].
@@ -134,9 +134,25 @@ impl Experts {
     ///
     /// # Panics
     ///
-    /// As [`grouped_matmuls`].
+    /// As [`grouped_matmuls_by`].
     pub fn forward(
         &self,
+        rows: Tensor<2>,
+        group_sizes: &[usize],
+        dropout_key: Option<RandomKey>,
+    ) -> Tensor<2> {
+        let implementation = Implementation::of(&rows.device());
+        self.forward_by(implementation, rows, group_sizes, dropout_key)
+    }
+
+    /// [`forward`](Self::forward), with the products by a given implementation.
+    ///
+    /// # Panics
+    ///
+    /// As [`grouped_matmuls_by`].
+    pub fn forward_by(
+        &self,
+        by: Implementation,
         rows: Tensor<2>,
         group_sizes: &[usize],
         dropout_key: Option<RandomKey>,
@@ -145,16 +161,17 @@ impl Experts {
         let inner = match &self.gate {
             Some(layer) => {
                 let [gate_rows, up_rows] =
-                    grouped_matmuls(rows, [layer.parameters(), up], group_sizes);
+                    grouped_matmuls_by(by, rows, [layer.parameters(), up], group_sizes);
                 gate(self.activation, gate_rows, up_rows, None)
             }
             None => {
-                let [rows] = grouped_matmuls(rows, [up], group_sizes);
+                let [rows] = grouped_matmuls_by(by, rows, [up], group_sizes);
                 activate(self.activation, rows, None)
             }
         };
         let inner = dropout(inner, self.dropout, dropout_key);
-        let [output] = grouped_matmuls(inner, [self.down.parameters()], group_sizes);
+        let down = self.down.parameters();
+        let [output] = grouped_matmuls_by(by, inner, [down], group_sizes);
         output
     }
 }

@@ -7,8 +7,8 @@ use burn::{
     tensor::{DType, Device, Tensor, activation},
 };
 use emberlm_core::{
-    Activation, AuxiliaryLoss, Context, FeedForward, FeedForwardConfig, FeedForwardOutput,
-    GatedMlp, InvalidConfig, Mlp, RoutingStatistics, assert_valid, operators::linear,
+    Activation, AuxiliaryLoss, Context, DenseLayer, FeedForward, FeedForwardConfig,
+    FeedForwardOutput, InvalidConfig, RoutingStatistics, assert_valid, operators::linear,
 };
 
 use crate::{
@@ -171,29 +171,8 @@ impl MixtureOfExpertsConfig {
             .with_dropout(self.dropout);
         let gate = LinearConfig::new(d_model, 1).with_bias(false);
         SharedExpert {
-            layer: match self.gated {
-                true => DenseLayer::Gated(layer.init_gated(device)),
-                false => DenseLayer::Plain(layer.init(device)),
-            },
+            layer: layer.init_dense(self.gated, device),
             gate: config.gate.then(|| gate.init(device)),
-        }
-    }
-}
-
-/// A dense feed-forward layer.
-#[derive(Module, Debug)]
-pub enum DenseLayer {
-    /// `down(f(up(x)))`
-    Plain(Mlp),
-    /// `down(f(gate(x)) * up(x))`
-    Gated(GatedMlp),
-}
-
-impl FeedForward for DenseLayer {
-    fn forward(&self, x: Tensor<3>, context: &Context) -> FeedForwardOutput {
-        match self {
-            Self::Plain(layer) => layer.forward(x, context),
-            Self::Gated(layer) => layer.forward(x, context),
         }
     }
 }
@@ -376,7 +355,7 @@ impl MixtureOfExperts {
             CapacityScope::Batch => routing.statistics.n_tokens as usize,
             CapacityScope::Sequence => seq_length,
         };
-        let most = capacity.of_expert(n_tokens, k, n_experts, context.step);
+        let most = capacity.of_expert(n_tokens, k, n_experts, context.so_far.step);
         let weights = match capacity.priority {
             DropPriority::Position | DropPriority::FirstChoices => Vec::new(),
             DropPriority::Probability => {
@@ -441,15 +420,14 @@ impl MixtureOfExperts {
         losses
     }
 
-    /// The layer after a step of training with this load: the router's bias is moved, if it has one.
+    /// After a step of training with this load the router's bias is moved, if it has one.
     ///
     /// # Panics
     ///
     /// If the load is of another number of experts.
-    pub fn after_step(mut self, step: &RoutingStatistics) -> Self {
+    pub fn after_step(&mut self, step: &RoutingStatistics) {
         let BiasUpdate { rate, recentred } = self.config.bias_update;
-        self.router = self.router.balanced(&step.load, rate, recentred);
-        self
+        self.router.balance(&step.load, rate, recentred);
     }
 }
 

@@ -28,8 +28,7 @@ pub use choices::{Choice, Choices};
 pub use dispatch::Dispatch;
 pub use experts::{Experts, ExpertsConfig, GroupedLinear};
 pub use layer::{
-    BiasUpdate, DenseLayer, MixtureOfExperts, MixtureOfExpertsConfig, SharedExpert,
-    SharedExpertConfig,
+    BiasUpdate, MixtureOfExperts, MixtureOfExpertsConfig, SharedExpert, SharedExpertConfig,
 };
 pub use placement::{Local, Placement};
 pub use router::{

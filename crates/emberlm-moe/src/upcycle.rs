@@ -1,11 +1,9 @@
 //! Upcycling: experts made of a trained dense layer.
 
 use burn::{module::Param, nn::Linear, tensor::Tensor};
-use emberlm_core::Activation;
+use emberlm_core::{Activation, DenseLayer};
 
-use crate::{
-    DenseLayer, Experts, Gates, GroupedLinear, Method, MixtureOfExperts, MixtureOfExpertsConfig,
-};
+use crate::{Experts, Gates, GroupedLinear, Method, MixtureOfExperts, MixtureOfExpertsConfig};
 
 /// A dense layer that a mixture cannot be made of.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -3,7 +3,9 @@
 use burn::config::Config;
 use emberlm_core::InvalidConfig;
 
-use crate::{InverseSquareRoot, LearningRateSchedule, ScheduleKind, WarmupCosine};
+use crate::{
+    AuxiliaryWeights, InverseSquareRoot, LearningRateSchedule, ScheduleKind, WarmupCosine,
+};
 
 /// Everything about a run but the model and the text.
 #[derive(Config, Debug)]
@@ -49,6 +51,8 @@ pub struct TrainingConfig {
     /// Weight of the z-loss. Default: 0.
     #[config(default = 0.0)]
     pub z_loss: f64,
+    /// Weights of the losses of layers that route their tokens. Default: the published ones.
+    pub auxiliary: Option<AuxiliaryWeights>,
     /// Seed of batches and dropout. Default: 0.
     #[config(default = 0)]
     pub seed: u64,
@@ -129,7 +133,12 @@ impl TrainingConfig {
                 });
             }
         }
-        Ok(())
+        self.auxiliary_weights().validate()
+    }
+
+    /// The weights of the losses of layers that route their tokens.
+    pub fn auxiliary_weights(&self) -> AuxiliaryWeights {
+        self.auxiliary.unwrap_or_else(AuxiliaryWeights::new)
     }
 
     /// The learning-rate schedule.

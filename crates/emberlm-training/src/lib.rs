@@ -3,6 +3,7 @@
 //! It takes losses and batches and knows no concrete model: anything that is a Burn module and an
 //! [`emberlm_core::LossModel`] can be trained.
 
+mod auxiliary;
 mod checkpoint;
 mod config;
 mod error;
@@ -23,6 +24,7 @@ mod windows;
 
 pub use emberlm_core::TokenBatch;
 
+pub use auxiliary::AuxiliaryWeights;
 pub use checkpoint::{
     Checkpoint, CheckpointError, CheckpointReader, CheckpointStore, Damage, Damaged, Disk, Fault,
     FaultyDisk, Loaded, Operation, Storage,
@@ -41,7 +43,7 @@ pub use objective::{Batching, Masked, MaskedConfig, Objective, Spans, SpansConfi
 pub use optimizer::adamw;
 pub use pairs::{PairBatches, PairEvaluationLoader, PairLoader, TokenPair, pair_batch};
 pub use renderer::{LineRenderer, short_duration};
-pub use run::{MetricsLog, Report, RunError, RunFolder, RunHistory, StepRecord};
+pub use run::{MetricsLog, Report, RoutingRecord, RunError, RunFolder, RunHistory, StepRecord};
 pub use schedule::{InverseSquareRoot, LearningRateSchedule, ScheduleKind, WarmupCosine};
 pub use session::{Counters, Session};
 pub use trainer::{Ending, MAX_SKIPPED_IN_A_ROW, Trained, Trainer, Watch, evaluate};

@@ -14,6 +14,8 @@ use burn::{
     },
 };
 
+use emberlm_core::AuxiliaryKind;
+
 use crate::StepOutput;
 
 /// Names of the metrics, as the dashboard and the renderers see them.
@@ -32,6 +34,16 @@ pub mod metric_name {
     pub const TOKENS_PER_SECOND: &str = "Tokens per second";
     /// Peak resident size in MiB.
     pub const PEAK_MEMORY: &str = "Peak memory";
+    /// The busiest expert's load over the mean, less one, in the layer where it is largest.
+    pub const MAX_VIOLATION: &str = "Max violation";
+    /// The idlest expert's load over the mean, in the layer where it is smallest.
+    pub const LEAST_SHARE: &str = "Least expert share";
+    /// Share of the choices of experts that were dropped.
+    pub const DROPPED: &str = "Dropped choices";
+    /// Mean entropy of the routers' probabilities.
+    pub const ROUTER_ENTROPY: &str = "Router entropy";
+    /// Balance loss, unweighted.
+    pub const BALANCE_LOSS: &str = "Balance loss";
 }
 
 /// One number of a [`StepOutput`] as a metric; its value over an epoch is the mean.
@@ -75,7 +87,7 @@ impl Figure {
 
 impl Adaptor<StepOutput> for StepOutput {
     fn adapt(&self) -> StepOutput {
-        *self
+        self.clone()
     }
 }
 
@@ -133,10 +145,12 @@ impl Numeric for Figure {
 /// Registers loss, bits per byte, perplexity, learning rate, gradient norm, tokens per second and peak memory.
 ///
 /// `bytes_per_token` is the mean length of a token in bytes of text: 1 for a model of bytes. Without it there are no bits
-/// per byte.
+/// per byte. Where the model `routes` its tokens to experts there are maximum violation, least share, dropped choices,
+/// router entropy and balance loss besides.
 pub fn register_metrics<M>(
     training: SupervisedTraining<M>,
     bytes_per_token: Option<f64>,
+    routes: bool,
 ) -> SupervisedTraining<M>
 where
     M: LearnerModel,
@@ -171,8 +185,39 @@ where
             Some(bytes as f64 / f64::from(1 << 20))
         }),
     ];
+    let routing = [
+        Figure::new(MAX_VIOLATION, None, 3, |output, _| {
+            let routing = output
+                .routing
+                .iter()
+                .map(|(_, layer)| layer.max_violation());
+            routing.reduce(f64::max)
+        }),
+        Figure {
+            higher_is_better: true,
+            ..Figure::new(LEAST_SHARE, None, 3, |output, _| {
+                let routing = output.routing.iter().map(|(_, layer)| layer.least_share());
+                routing.reduce(f64::min)
+            })
+        },
+        Figure::new(DROPPED, None, 4, |output, _| {
+            output.routing_of_all().map(|all| all.dropped_share())
+        }),
+        Figure {
+            higher_is_better: true,
+            ..Figure::new(ROUTER_ENTROPY, Some("nats"), 3, |output, _| {
+                output.routing_of_all().map(|all| all.entropy())
+            })
+        },
+        Figure::new(BALANCE_LOSS, None, 4, |output, _| {
+            output.auxiliary(AuxiliaryKind::Balance)
+        }),
+    ];
     let both = [Some(loss), bits_per_byte, Some(perplexity)];
-    let both = both.into_iter().flatten();
+    let both = both
+        .into_iter()
+        .flatten()
+        .chain(routing.into_iter().filter(|_| routes));
     let training = both.fold(training, |training, figure| {
         training
             .metric_train_numeric(figure.clone())

@@ -1,15 +1,16 @@
 //! The training loop: burn-train drives it, and it owns model, optimizer, schedule and checkpoints.
 
 use std::{
+    collections::HashMap,
     path::Path,
     sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
 use crate::{
-    CheckpointStore, LanguageModel, MetricsLog, Session, StepOutput, StepProgress, StepRecord,
-    TokenBatch, Trainable, TrainingConfig, TrainingError, global_norm, peak_memory_bytes,
-    register_metrics, scale_gradients,
+    CheckpointStore, LanguageModel, MetricsLog, RoutingRecord, Session, StepOutput, StepProgress,
+    StepRecord, TokenBatch, Trainable, TrainingConfig, TrainingError, global_norm,
+    peak_memory_bytes, register_metrics, scale_gradients,
 };
 use burn::{
     data::{
@@ -25,6 +26,7 @@ use burn::{
         logger::InMemoryMetricLogger, renderer::MetricsRenderer,
     },
 };
+use emberlm_core::{RoutingStatistics, StepSoFar};
 
 /// So many steps in a row without a finite loss and gradient end a run.
 pub const MAX_SKIPPED_IN_A_ROW: u64 = 10;
@@ -98,6 +100,7 @@ impl<N: Trainable> Trainer<N> {
             self.config.learning_rate,
         );
         let n_epochs = self.config.steps.div_ceil(self.config.validate_every) as usize;
+        let routes = self.session.model.model.n_routed_layers() > 0;
         let epochs_done = (self.session.counters.step / self.config.validate_every) as usize;
         let strategy = Arc::new(OwningStrategy {
             trainer: Mutex::new(Some(self)),
@@ -117,7 +120,7 @@ impl<N: Trainable> Trainer<N> {
             run = run.renderer(renderer);
         }
         // The renderer is dropped here, which gives the terminal back.
-        drop(register_metrics(run, watch.bytes_per_token).launch(learner));
+        drop(register_metrics(run, watch.bytes_per_token, routes).launch(learner));
         let take = |slot: &Mutex<Option<_>>| {
             let mut slot = slot.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
             slot.take().expect("the strategy's fit has run")
@@ -135,6 +138,7 @@ impl<N: Trainable> Trainer<N> {
         let mut batches = training.iter();
         let (steps, every) = (self.config.steps, self.config.validate_every);
         let mut n_steps_here = 0;
+        let mut idle = IdleExperts::default();
         while self.session.counters.step < steps {
             let epoch = self.session.counters.step / every;
             let (first, last) = (epoch * every, steps.min((epoch + 1) * every));
@@ -143,8 +147,9 @@ impl<N: Trainable> Trainer<N> {
                 let begin = Instant::now();
                 let (output, skipped) = self.session.step(&self.config, batches.as_mut())?;
                 n_steps_here += 1;
+                idle.look(&output);
                 let step = self.session.counters.step;
-                events.trained(output, step - first, last - first, step)?;
+                events.trained(output.clone(), step - first, last - first, step)?;
                 let timed = n_steps_here > UNTIMED_STEPS;
                 self.count_time(begin.elapsed(), timed.then_some(output.n_targets));
 
@@ -193,12 +198,12 @@ impl<N: Trainable> Trainer<N> {
         let total = validation.num_items() as u64;
         events.start_validation(epoch, total)?;
         let mut done = 0;
-        let loss = evaluate(&self.session.model, validation, |output, rows| {
+        let all = evaluate(&self.session.model, validation, |output, rows| {
             done += rows as u64;
             events.validated(output, done, total)
         })?;
         events.end_validation(epoch)?;
-        Ok(loss)
+        Ok(all.loss())
     }
 
     fn note_best(&mut self, valid_loss: Option<f64>) -> bool {
@@ -230,6 +235,7 @@ impl<N: Trainable> Trainer<N> {
             seconds: self.session.counters.seconds,
             skipped,
             valid_loss,
+            routing: RoutingRecord::of(output),
         })?;
         Ok(())
     }
@@ -252,25 +258,29 @@ impl<N: Trainable> Session<LanguageModel<N>> {
         config: &TrainingConfig,
         batches: &mut dyn Iterator<Item = Result<TokenBatch, DatasetError>>,
     ) -> Result<(StepOutput, bool), TrainingError> {
-        let (mut nll_sum, mut n_targets) = (0.0, 0.0);
+        let mut output = StepOutput::empty();
         let mut accumulator = GradientsAccumulator::new();
         for _ in 0..config.accumulation {
             let batch = batches
                 .next()
                 .expect("the loader has the micro-batches of every step")
                 .map_err(|error| TrainingError::Data(error.to_string()))?;
+            let batch = TokenBatch {
+                so_far: so_far(self.counters.step, &output),
+                ..batch
+            };
             let micro = TrainStep::step(&self.model, batch);
-            nll_sum += micro.item.nll_sum;
-            n_targets += micro.item.n_targets;
+            output.add(&micro.item);
             accumulator.accumulate(&self.model, micro.grads);
         }
         let gradients = accumulator.grads();
         // The gradients are of the sum over the targets; the mean's are a factor away.
+        let n_targets = output.n_targets;
         let gradient_norm = global_norm(&self.model, &gradients) / n_targets;
         let counters = &mut self.counters;
         counters.step += 1;
         let learning_rate = config.schedule().at(counters.step);
-        let skipped = !(nll_sum.is_finite() && gradient_norm.is_finite());
+        let skipped = !(output.nll_sum.is_finite() && gradient_norm.is_finite());
         if skipped {
             counters.skipped += 1;
             counters.skipped_in_a_row += 1;
@@ -281,22 +291,55 @@ impl<N: Trainable> Session<LanguageModel<N>> {
             self.model = self
                 .optimizer
                 .step(learning_rate, self.model.clone(), gradients);
+            if !output.routing.is_empty() {
+                self.model = self.model.clone().after_step(&output.routing);
+            }
         }
-        let output = StepOutput {
-            nll_sum,
-            n_targets,
-            progress: Some(StepProgress {
-                learning_rate,
-                gradient_norm,
-                tokens_per_second: counters.tokens_per_second(),
-                peak_memory_bytes: peak_memory_bytes(),
-            }),
-        };
+        output.progress = Some(StepProgress {
+            learning_rate,
+            gradient_norm,
+            tokens_per_second: counters.tokens_per_second(),
+            peak_memory_bytes: peak_memory_bytes(),
+        });
         Ok((output, skipped))
     }
 }
 
-/// Mean loss of a model in nats per token over all batches of a loader, without dropout.
+/// After so many steps in a row without a token an expert is called idle.
+const IDLE_STEPS: u64 = 100;
+
+/// For how many steps in a row experts have had no token, by layer and expert.
+#[derive(Default)]
+struct IdleExperts(HashMap<(usize, usize), u64>);
+
+impl IdleExperts {
+    /// Writes a line to the log for each expert that has had none for long, once each time.
+    fn look(&mut self, output: &StepOutput) {
+        for (layer, routing) in &output.routing {
+            for (expert, load) in routing.load.iter().enumerate() {
+                let steps = self.0.entry((*layer, expert)).or_default();
+                *steps = if *load == 0 { *steps + 1 } else { 0 };
+                if *steps == IDLE_STEPS {
+                    log::warn!(
+                        "layer {layer}: expert {expert} has had no token for {IDLE_STEPS} steps"
+                    );
+                }
+            }
+        }
+    }
+}
+
+/// What a micro-batch is told of its step.
+fn so_far(step: u64, output: &StepOutput) -> StepSoFar {
+    let load =
+        |(layer, routing): &(usize, RoutingStatistics)| (*layer, routing.load.clone().into());
+    StepSoFar {
+        step,
+        loads: output.routing.iter().map(load).collect(),
+    }
+}
+
+/// The figures of a model over all batches of a loader, without dropout: [`StepOutput::loss`] is the mean loss.
 ///
 /// `watch` is told each batch's figures and number of sequences.
 ///
@@ -307,18 +350,17 @@ pub fn evaluate<N: Trainable>(
     model: &LanguageModel<N>,
     loader: &dyn DataLoader<TokenBatch>,
     mut watch: impl FnMut(StepOutput, usize) -> Result<(), TrainingError>,
-) -> Result<f64, TrainingError> {
+) -> Result<StepOutput, TrainingError> {
     let model = model.valid();
-    let (mut nll_sum, mut n_targets) = (0.0, 0.0);
+    let mut all = StepOutput::empty();
     for batch in loader.iter() {
         let batch = batch.map_err(|error| TrainingError::Data(error.to_string()))?;
         let [rows, _] = batch.inputs.dims();
         let output = InferenceStep::step(&model, batch);
-        nll_sum += output.nll_sum;
-        n_targets += output.n_targets;
+        all.add(&output);
         watch(output, rows)?;
     }
-    Ok(nll_sum / n_targets)
+    Ok(all)
 }
 
 /// Hands a [`Trainer`] to burn-train and back.

@@ -204,7 +204,7 @@ fn a_packed_window_has_the_loss_of_its_documents() {
     let model = to_f64(model);
     let config = CrossEntropyConfig::new().with_ignored_target(Some(IGNORED_TARGET));
     let loss = |batch: TokenBatch| {
-        let loss = model.loss(batch, &config);
+        let loss = model.loss(batch, &config).cross_entropy;
         let number = |sum: Tensor<1>| sum.into_data().iter::<f64>().next().expect("one number");
         (number(loss.nll_sum), number(loss.n_targets))
     };

@@ -64,7 +64,7 @@ fn the_loss_over_pairs_does_not_depend_on_how_they_are_cut() {
             n_targets += output.n_targets;
             Ok(())
         });
-        (loss.expect("nothing can fail"), n_targets)
+        (loss.expect("nothing can fail").loss(), n_targets)
     };
     let real: usize = pairs().iter().map(TokenPair::n_predicted).sum();
     let (alone, n_alone) = loss(1);
@@ -304,7 +304,7 @@ fn the_held_out_loss_counts_each_byte_once() {
             Ok(())
         });
         assert_eq!(n_targets as usize, n_bytes - 1);
-        loss.expect("in memory")
+        loss.expect("in memory").loss()
     };
     assert!((loss(1) - loss(4)).abs() < 1e-6);
 }

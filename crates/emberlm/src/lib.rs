@@ -19,6 +19,7 @@ pub use emberlm_attention as attention;
 pub use emberlm_core as core;
 pub use emberlm_kernels as kernels;
 pub use emberlm_models as models;
+pub use emberlm_moe as moe;
 pub use emberlm_text as text;
 pub use emberlm_training as training;
 

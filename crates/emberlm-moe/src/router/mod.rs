@@ -97,7 +97,7 @@ pub struct RouterConfig {
     #[config(default = 0.0)]
     pub jitter: f64,
     /// Whether the choice, and not the weights, goes by scores plus a bias of each expert, which balances the load without
-    /// a loss: [`Router::balanced`]. Default: no.
+    /// a loss: [`Router::balance`]. Default: no.
     #[config(default = false)]
     pub correction_bias: bool,
     /// Whether a decoder may take a router that looks at later tokens. Default: no.
@@ -401,7 +401,7 @@ pub struct Router {
     pub gate: Option<Linear>,
     /// `[d_model, n_experts]`: the size of the noise before its softplus.
     pub noise: Option<Linear>,
-    /// `[n_experts]`: added to the scores for the choice alone. It has no gradient; see [`balanced`](Self::balanced).
+    /// `[n_experts]`: added to the scores for the choice alone. It has no gradient; see [`balance`](Self::balance).
     pub correction_bias: Option<Param<Tensor<1>>>,
     #[module(skip)]
     config: RouterConfig,
@@ -631,7 +631,7 @@ impl Router {
         }
     }
 
-    /// The router with the bias of the choice moved towards balance: up by `rate` for each expert with fewer tokens than
+    /// Moves the bias of the choice towards balance: up by `rate` for each expert with fewer tokens than
     /// the mean, down for each with more. Called once a step, outside the gradient, with the step's load.
     ///
     /// Wang et al. 2024, <https://arxiv.org/abs/2408.15664>, algorithm 1; DeepSeek-V3 has rate 0.001. `recentred` takes the
@@ -640,9 +640,9 @@ impl Router {
     /// # Panics
     ///
     /// If the load is of another number of experts.
-    pub fn balanced(mut self, load: &[u64], rate: f64, recentred: bool) -> Self {
+    pub fn balance(&mut self, load: &[u64], rate: f64, recentred: bool) {
         let Some(bias) = self.correction_bias.take() else {
-            return self;
+            return;
         };
         let n_experts = self.config.n_experts;
         let n = load.len();
@@ -664,7 +664,6 @@ impl Router {
         let changes = TensorData::new(changes, [n_experts]);
         let changes = Tensor::from_data(changes, (&value.device(), value.dtype()));
         self.correction_bias = Some(bias.map(|_| (value + changes).set_require_grad(false)));
-        self
     }
 }
 

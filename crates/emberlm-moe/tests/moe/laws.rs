@@ -2,12 +2,12 @@
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use emberlm_core::{
-    Activation, BatchData, Context, FeedForward, FeedForwardConfig, FeedForwardOutput, RandomKey,
-    operators::{Implementation, grouped_matmuls_by},
+    Activation, BatchData, Context, DenseLayer, FeedForward, FeedForwardConfig, FeedForwardOutput,
+    RandomKey, StepSoFar, operators::Implementation,
 };
 use emberlm_moe::{
-    BalanceLoss, Capacity, CapacityScope, CapacitySize, Choice, Choices, DenseLayer, Dispatch,
-    DropPriority, Experts, Gates, GroupScore, GroupedLinear, Groups, Method, MixtureOfExperts,
+    BalanceLoss, Capacity, CapacityScope, CapacitySize, Choice, Choices, Dispatch, DropPriority,
+    Experts, Gates, GroupScore, GroupedLinear, Groups, Method, MixtureOfExperts,
     MixtureOfExpertsConfig, Placement, RouterConfig, Scoring, SharedExpertConfig, UpcycleError,
 };
 use emberlm_testkit::{
@@ -506,7 +506,13 @@ fn capacity_follows_its_schedule() {
         let output = moe.forward(x.clone(), &context);
         output.statistics.unwrap().n_dropped
     };
-    let at = |step| dropped(training(sequences(10)).with_step(step));
+    let at = |step| {
+        let so_far = StepSoFar {
+            step,
+            ..StepSoFar::default()
+        };
+        dropped(training(sequences(10)).with_so_far(so_far))
+    };
     let [early, later, end] = [0, 20, 100].map(at);
     assert!(
         early > later && later > end && end == 0,
@@ -696,20 +702,9 @@ impl Placement for By {
         experts: &Experts,
         rows: Tensor<2>,
         group_sizes: &[usize],
-        _: Option<RandomKey>,
+        dropout_key: Option<RandomKey>,
     ) -> Tensor<2> {
-        let product = |layer: &GroupedLinear, rows| {
-            let parameters = (
-                layer.weight.val(),
-                layer.bias.as_ref().map(|bias| bias.val()),
-            );
-            let [y] = grouped_matmuls_by(self.0, rows, [parameters], group_sizes);
-            y
-        };
-        let gate = experts.gate.as_ref().unwrap();
-        let inner = Activation::Silu.forward(product(gate, rows.clone()));
-        let inner = inner * product(&experts.up, rows);
-        product(&experts.down, inner)
+        experts.forward_by(self.0, rows, group_sizes, dropout_key)
     }
 }
 
@@ -865,10 +860,7 @@ fn dense(gated: bool, bias: bool, activation: Activation, device: &Device) -> De
     let config = FeedForwardConfig::new(D_MODEL, 7)
         .with_bias(bias)
         .with_activation(activation);
-    match gated {
-        true => DenseLayer::Gated(to_f64(config.init_gated(device))),
-        false => DenseLayer::Plain(to_f64(config.init(device))),
-    }
+    to_f64(config.init_dense(gated, device))
 }
 
 #[test]
@@ -915,7 +907,7 @@ fn not_every_layer_can_be_upcycled() {
     let mixtral = || RouterConfig::mixtral(D_MODEL, N_EXPERTS, 2);
     let config = || layer(mixtral());
     let refused = |config: MixtureOfExpertsConfig, dense: &DenseLayer| {
-        config.upcycle(dense).err().expect("it is refused")
+        config.upcycle(dense).expect_err("it is refused")
     };
     let gated = silu(true, false);
     assert!(config().upcycle(&gated).is_ok());

@@ -480,7 +480,9 @@ fn a_layer_counts_as_it_is_told() {
     let alone = of(&global, &context);
     assert!(numbers_close(alone, file("masked.switch")));
     let busy: Arc<[u64]> = [100, 0, 0, 0, 0, 0, 0, 0].into();
-    let after = of(&global, &context.with_earlier_load(Some(busy)));
+    let mut later = context;
+    later.earlier_load = Some(busy);
+    let after = of(&global, &later);
     assert!((after - alone).abs() > 1e-3);
 }
 

@@ -405,7 +405,7 @@ fn jitter_is_on_the_input_in_training() {
             (factor.min(least), factor.max(most))
         });
     assert!(
-        least >= 0.9 && least < 0.91 && most <= 1.1 && most > 1.09,
+        (0.9..0.91).contains(&least) && (1.09..=1.1).contains(&most),
         "{least}, {most}"
     );
 }
@@ -436,7 +436,7 @@ fn the_bias_is_moved_towards_balance() {
             load: load.clone(),
             ..Default::default()
         };
-        let layer = layer.after_step(&statistics);
+        layer.after_step(&statistics);
         let bias = layer.router.correction_bias.as_ref().unwrap().val();
         check(&fixture, name, &bias, TOLERANCE);
         assert!(!bias.is_require_grad());
@@ -456,7 +456,7 @@ fn the_bias_balances() {
     assert!(route(&router).statistics.max_violation() > 1.0);
     for _ in 0..300 {
         let load = route(&router).choices.load();
-        router = router.balanced(&load, 2e-3, false);
+        router.balance(&load, 2e-3, false);
     }
     let routing = route(&router);
     let violation = routing.statistics.max_violation();

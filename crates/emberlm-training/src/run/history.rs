@@ -146,6 +146,7 @@ mod tests {
             seconds: step as f64,
             skipped: false,
             valid_loss,
+            routing: None,
         }
     }
 

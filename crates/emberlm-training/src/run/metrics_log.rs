@@ -6,10 +6,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use emberlm_core::{replace_file, sync_folder_of};
+use emberlm_core::{AuxiliaryKind, replace_file, sync_folder_of};
 use serde::{Deserialize, Serialize, Serializer, ser::Error};
 
 use super::error::RunError;
+use crate::StepOutput;
 
 /// What one training step measured.
 ///
@@ -38,6 +39,43 @@ pub struct StepRecord {
     /// The mean validation loss after the step, in nats per token; only on steps that were validated.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub valid_loss: Option<f64>,
+    /// Where the tokens went; only of models that route them to experts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub routing: Option<RoutingRecord>,
+}
+
+/// Where the tokens of a step went.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RoutingRecord {
+    /// The numbers of the layers that route.
+    pub layers: Vec<usize>,
+    /// How often each expert of each of those layers was chosen.
+    pub load: Vec<Vec<u64>>,
+    /// Share of the choices that were dropped; `None` where there was none.
+    pub dropped_share: Option<f64>,
+    /// Mean entropy of the routers' probabilities, in nats.
+    pub entropy: Option<f64>,
+    /// The balance loss, unweighted; `None` where the model has none.
+    pub balance_loss: Option<f64>,
+}
+
+impl RoutingRecord {
+    /// That of a step, or of a text; nothing where no layer routes.
+    pub fn of(output: &StepOutput) -> Option<Self> {
+        let all = output.routing_of_all()?;
+        let finite = |value: f64| value.is_finite().then_some(value);
+        Some(Self {
+            layers: output.routing.iter().map(|(layer, _)| *layer).collect(),
+            load: output
+                .routing
+                .iter()
+                .map(|(_, of)| of.load.clone())
+                .collect(),
+            dropped_share: finite(all.dropped_share()),
+            entropy: finite(all.entropy()),
+            balance_loss: output.auxiliary(AuxiliaryKind::Balance).and_then(finite),
+        })
+    }
 }
 
 /// The metrics log of a running training, open at its end.
@@ -56,6 +94,7 @@ pub struct StepRecord {
 ///     seconds: 0.41,
 ///     skipped: false,
 ///     valid_loss: None,
+///     routing: None,
 /// };
 /// MetricsLog::open(dir.path())?.append(&record)?;
 /// assert_eq!(MetricsLog::read(dir.path().join(MetricsLog::FILE_NAME))?, [record]);
@@ -241,6 +280,7 @@ mod tests {
             seconds: 0.5 * step as f64,
             skipped: false,
             valid_loss: None,
+            routing: None,
         }
     }
 

@@ -9,5 +9,5 @@ mod report;
 pub use error::RunError;
 pub use folder::RunFolder;
 pub use history::RunHistory;
-pub use metrics_log::{MetricsLog, StepRecord};
+pub use metrics_log::{MetricsLog, RoutingRecord, StepRecord};
 pub use report::Report;

@@ -5,7 +5,7 @@ use std::{fs, path::Path};
 use emberlm_core::replace_file;
 use serde::{Deserialize, Serialize};
 
-use super::error::RunError;
+use super::{RoutingRecord, error::RunError};
 
 /// The final numbers of a run; `None` is what a run that was stopped early did not come to measure.
 ///
@@ -43,6 +43,9 @@ pub struct Report {
     /// The share that a table of counts by neighbours finds of the same tokens.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub neighbour_accuracy: Option<f64>,
+    /// Of a model that routes its tokens: where those of the held-out text went.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub routing: Option<RoutingRecord>,
 }
 
 impl Report {
@@ -94,6 +97,13 @@ mod tests {
             seconds: Some(4.5),
             masked_accuracy: Some(0.75),
             neighbour_accuracy: Some(0.5),
+            routing: Some(RoutingRecord {
+                layers: vec![1],
+                load: vec![vec![3, 5]],
+                dropped_share: Some(0.25),
+                entropy: None,
+                balance_loss: Some(1.0625),
+            }),
         };
         Report::default().write(&path).unwrap();
         report.write(&path).unwrap();
