@@ -100,6 +100,33 @@ fn before_the_first_checkpoint_a_run_starts_again() {
     assert_same(&run, &place.path("never-killed"));
 }
 
+/// The bias of the routers is no parameter that the optimizer knows.
+#[test]
+fn a_run_with_experts_goes_on_with_their_bias() {
+    let place = Place::new();
+    let plan = r#"{"training": {"batch_size": 4, "seq_length": 16, "accumulation": 2, "validation_windows": 2}}"#;
+    place.write(common::CONFIG, plan);
+    let experts = ["--preset", "moe-tiny", "--balance", "bias", "--steps", "30"];
+    let every = ["--checkpoint-every", "1"];
+    place.pretrain("never-killed", &[&experts[..], &RARE].concat());
+
+    let run = place.path("killed");
+    let mut running = place.start(
+        "pretrain",
+        &new_run("killed", &[&experts[..], &every].concat()),
+    );
+    running.wait_until("some steps are done", || {
+        checkpoints(&run).last() >= Some(&5)
+    });
+    running.kill();
+    place.succeeds("pretrain", &["--resume", "killed"]);
+    assert_same(&run, &place.path("never-killed"));
+    let report = Report::read(run.join(Report::FILE_NAME)).expect("a report");
+    let routing = report.routing.expect("of a model with experts");
+    assert_eq!(routing.layers, [0, 1, 2, 3]);
+    assert!(run.join("experts.png").is_file());
+}
+
 #[test]
 fn a_run_can_be_resumed_before_its_model_is_made() {
     let place = Place::new();
