@@ -94,7 +94,8 @@ impl DecoderConfig {
         self.check_size()?;
         self.embedding().validate()?;
         self.check_pattern()?;
-        self.stack().validate()
+        self.stack().validate()?;
+        self.stack().check_longest(self.max_seq_length())
     }
 
     /// Makes the model, initialised as GPT-2 from `seed`: the same values on every backend.

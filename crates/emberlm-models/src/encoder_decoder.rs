@@ -74,7 +74,8 @@ impl EncoderDecoderConfig {
     ///
     /// # Errors
     ///
-    /// A zero, widths that do not divide evenly, or a rate outside `[0, 1)`.
+    /// A zero, widths that do not divide evenly, blocks of the encoder that attend to positions beyond the learned ones, or a
+    /// rate outside `[0, 1)`.
     pub fn validate(&self) -> Result<(), InvalidConfig> {
         InvalidConfig::require_positive(&[
             ("n_encoder_layers", self.n_encoder_layers),
@@ -83,6 +84,7 @@ impl EncoderDecoderConfig {
         ])?;
         self.embedding(self.vocab_size).validate()?;
         self.encoder().validate()?;
+        (self.encoder()).check_longest(self.positions.max_seq_length())?;
         self.decoder().validate()
     }
 
