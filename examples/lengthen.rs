@@ -7,8 +7,8 @@ use std::{path::PathBuf, process::ExitCode};
 use clap::Parser;
 use emberlm::{models::PositionsConfig, text::Corpus, training::RunFolder};
 use emberlm_examples::{
-    AttentionChoice, LoadedRun, ModelConfig, Place, Pretraining, RunConfig, RunModel, Start, Stop,
-    announce_text, check_writable, choose_device, exit_code, say,
+    AttentionChoice, LoadedRun, ModelConfig, NewRunOptions, Pretraining, RunConfig, RunModel,
+    Start, Stop, announce_text, check_writable, choose_device, exit_code, say,
 };
 
 /// Give a trained encoder sparse attention and longer sequences, and train it on
@@ -36,18 +36,8 @@ struct Args {
     /// Folder where the text is kept as tokens, which runs share
     #[arg(long, value_name = "DIR", default_value = "runs/tokens")]
     cache: PathBuf,
-    /// The new run's folder, new or empty [default: the next number under runs/]
-    #[arg(long, value_name = "DIR")]
-    out: Option<PathBuf>,
-    /// Where the final figures go too, besides the run's folder
-    #[arg(long, value_name = "FILE.json")]
-    report: Option<PathBuf>,
-    /// Device, such as flex, ndarray, vulkan:0
-    #[arg(long)]
-    device: Option<String>,
-    /// Print lines even if the terminal could show the dashboard
-    #[arg(long)]
-    no_tui: bool,
+    #[command(flatten)]
+    new: NewRunOptions,
 }
 
 type AnyError = Box<dyn std::error::Error>;
@@ -58,16 +48,16 @@ fn main() -> ExitCode {
 }
 
 fn lengthen(args: &Args) -> Result<ExitCode, AnyError> {
-    let (device_name, device) = choose_device(args.device.as_deref())?;
+    let (device_name, device) = choose_device(args.new.show.device.as_deref())?;
     say(format_args!("device: {device_name}"));
     let run = LoadedRun::load(&args.run, &device.clone().autodiff())?;
     let RunModel::Encoder(short) = &run.model else {
         return Err(run.unfit(&args.run));
     };
-    if let Some(path) = &args.out {
+    if let Some(path) = &args.new.out {
         RunFolder::check_free(path)?;
     }
-    if let Some(path) = &args.report {
+    if let Some(path) = &args.new.report {
         check_writable("--report", path)?;
     }
     let config = longer(args, &run.config)?;
@@ -95,13 +85,9 @@ fn lengthen(args: &Args) -> Result<ExitCode, AnyError> {
         "before: loss {of_short:.4} of the short model at length {short_length}, {of_long:.4} with {} at length {long_length}",
         args.pattern
     ));
-    let place = Place {
-        resume: None,
-        out: args.out.as_deref(),
-        report: args.report.as_deref(),
-        no_tui: args.no_tui,
-    };
-    after.run(&place, &device, &stop, |_| Start::Given(long))
+    after.run(&args.new.place(None), &device, &stop, |_| {
+        Start::Given(long)
+    })
 }
 
 fn stopped() -> ExitCode {

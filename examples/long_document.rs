@@ -24,9 +24,10 @@ use emberlm::{
 };
 use emberlm_examples::{
     CaseLoader, Chance, Course, DocumentConfig, DocumentOverrides, DocumentPattern, DocumentTable,
-    DocumentTask, NovelCases, RowReport, Stop, TaskKind, Watched, Work, announce_resume,
-    check_writable, choose_device, class_accuracy, complain, evaluate_unless_stopped, exit_code,
-    final_figures, novels, open_folder, plot, prepare, say, shipped, train, write_json,
+    DocumentTask, NovelCases, RowReport, ShowOptions, Stop, TaskKind, Watched, Work,
+    announce_resume, check_writable, choose_device, class_accuracy, complain,
+    evaluate_unless_stopped, exit_code, final_figures, novels, open_folder, plot, prepare, say,
+    shipped, train, write_json,
 };
 
 /// Compare attention patterns on long inputs
@@ -49,7 +50,7 @@ struct Args {
     /// Bytes of a sequence [default: 8192]
     #[arg(long)]
     seq_length: Option<usize>,
-    /// Optimizer steps of each row [default: 150]
+    /// Optimizer steps of each row [default: 150, for the novels 300]
     #[arg(long)]
     steps: Option<u64>,
     /// Sequences in a step [default: 2, for the novels 4]
@@ -61,7 +62,7 @@ struct Args {
     /// Width of the models [default: 64]
     #[arg(long)]
     width: Option<usize>,
-    /// Heads of the models [default: 4]
+    /// Heads of the models [default: 4, for the novels 2]
     #[arg(long, value_name = "N")]
     heads: Option<usize>,
     /// Bytes at the end of a case that are of another novel [default: 512]
@@ -70,7 +71,7 @@ struct Args {
     /// Held-out cases that the accuracy is measured on [default: 600]
     #[arg(long, value_name = "N")]
     cases: Option<usize>,
-    /// Learning rate after the warm-up [default: 2e-3]
+    /// Learning rate after the warm-up [default: 2e-3, for the novels 4e-3]
     #[arg(long, value_name = "RATE")]
     learning_rate: Option<f64>,
     /// Seed of initialisation and batches; the held-out cases do not depend on it
@@ -88,12 +89,11 @@ struct Args {
     /// Where the table goes as JSON too, besides its folder
     #[arg(long, value_name = "FILE.json")]
     report: Option<PathBuf>,
-    /// Device, such as flex, ndarray, vulkan:0 [default: the GPU that is compiled in, else ndarray, else flex]
-    #[arg(long)]
-    device: Option<String>,
-    /// Print lines even if the terminal could show the dashboard
-    #[arg(long)]
-    no_tui: bool,
+    /// Whether another process prints the table that this row is of
+    #[arg(long, hide = true, requires_all = ["resume", "pattern"])]
+    part: bool,
+    #[command(flatten)]
+    show: ShowOptions,
 }
 
 type AnyError = Box<dyn std::error::Error>;
@@ -116,7 +116,7 @@ enum Data {
 }
 
 fn compare_patterns(args: &Args) -> Result<ExitCode, AnyError> {
-    let (device_name, device) = choose_device(args.device.as_deref())?;
+    let (device_name, device) = choose_device(args.show.device.as_deref())?;
     let (config, earlier_steps, data) = plan(args)?;
     if let Some(path) = &args.report {
         check_writable("--report", path)?;
@@ -148,7 +148,9 @@ fn compare_patterns(args: &Args) -> Result<ExitCode, AnyError> {
             return Ok(code);
         }
     }
-    show_table(args, &folder, &rows, &config, &data)?;
+    if !args.part {
+        show_table(args, &folder, &rows, &config, &data)?;
+    }
     Ok(ExitCode::SUCCESS)
 }
 
@@ -256,11 +258,11 @@ fn run_in_process(
     say(format_args!("\n--- {pattern} ---"));
     let mut command = Command::new(env::current_exe()?);
     command.arg("--resume").arg(folder);
-    command.args(["--pattern", &pattern.to_string()]);
-    if let Some(device) = &args.device {
+    command.args(["--part", "--pattern", &pattern.to_string()]);
+    if let Some(device) = &args.show.device {
         command.args(["--device", device]);
     }
-    if args.no_tui {
+    if args.show.no_tui {
         command.arg("--no-tui");
     }
     let status = wait(command.spawn()?, stop)?;
@@ -373,9 +375,9 @@ impl Row<'_> {
             }
             Data::Cases { cases, n_cases } => {
                 let held_out = |n| CaseLoader::held_out(cases.clone(), n, batch_size, device);
-                let config = self.config.classifier(self.pattern, cases.n_novels());
+                let n_classes = cases.n_novels();
                 self.train(
-                    config.init(&autodiff),
+                    (self.config).new_classifier(self.pattern, n_classes, &autodiff),
                     batch_size * cases.n_asked(),
                     |first| CaseLoader::training(cases.clone(), training, first, device),
                     held_out(training.validation_windows.min(*n_cases)),
@@ -432,7 +434,7 @@ impl Row<'_> {
         let watched = Watched {
             folder: &self.folder,
             stop: self.stop,
-            no_tui: self.args.no_tui,
+            no_tui: self.args.show.no_tui,
             bytes_per_token,
         };
         let training = training(trainer.session.counters.step + 1);

@@ -11,8 +11,8 @@ use emberlm::{
     training::RunFolder,
 };
 use emberlm_examples::{
-    AttentionChoice, BalanceChoice, ModelConfig, ObjectiveKind, Overrides, Place, Preset,
-    Pretraining, RunConfig, Start, Stop, TokenizerRecord, Vocabulary, Work, announce_text,
+    AttentionChoice, BalanceChoice, ModelConfig, ObjectiveKind, Overrides, Preset, Pretraining,
+    RunConfig, RunOptions, Start, Stop, TokenizerRecord, Vocabulary, Work, announce_text,
     check_writable, choose_device, exit_code, say, shipped,
 };
 
@@ -66,21 +66,8 @@ struct Args {
     /// Steps between checkpoints
     #[arg(long, value_name = "N")]
     checkpoint_every: Option<u64>,
-    /// The run's folder, new or empty [default: the next number under runs/]
-    #[arg(long, value_name = "DIR", conflicts_with = "resume")]
-    out: Option<PathBuf>,
-    /// Continue the run in this folder from its last checkpoint, exactly
-    #[arg(long, value_name = "DIR")]
-    resume: Option<PathBuf>,
-    /// Where the final figures go too, besides the run's folder
-    #[arg(long, value_name = "FILE.json")]
-    report: Option<PathBuf>,
-    /// Device, such as flex, ndarray, vulkan:0 [default: the GPU that is compiled in, else ndarray, else flex]
-    #[arg(long)]
-    device: Option<String>,
-    /// Print lines even if the terminal could show the dashboard
-    #[arg(long)]
-    no_tui: bool,
+    #[command(flatten)]
+    run: RunOptions,
 }
 
 type AnyError = Box<dyn std::error::Error>;
@@ -91,19 +78,14 @@ fn main() -> ExitCode {
 }
 
 fn pretrain(args: &Args) -> Result<ExitCode, AnyError> {
-    let (device_name, device) = choose_device(args.device.as_deref())?;
+    let (device_name, device) = choose_device(args.run.new.show.device.as_deref())?;
     say(format_args!("device: {device_name}"));
     let plan = plan(args)?;
-    if let Some(path) = &args.report {
+    if let Some(path) = &args.run.new.report {
         check_writable("--report", path)?;
     }
     let (device, stop): (&Device, _) = (&device, Stop::on_signals()?);
-    let place = Place {
-        resume: args.resume.as_deref(),
-        out: args.out.as_deref(),
-        report: args.report.as_deref(),
-        no_tui: args.no_tui,
-    };
+    let place = args.run.new.place(args.run.resume.as_deref());
     let (plan, place, stop) = (&plan, &place, &stop);
     match plan.config.model.clone() {
         ModelConfig::Decoder(config) => {
@@ -140,7 +122,7 @@ fn plan(args: &Args) -> Result<Pretraining, AnyError> {
     } else {
         args.text.clone()
     };
-    let earlier = match &args.resume {
+    let earlier = match &args.run.resume {
         None => None,
         Some(path) => {
             // Checks that it holds a run and that nobody trains in it.
@@ -155,7 +137,7 @@ fn plan(args: &Args) -> Result<Pretraining, AnyError> {
     announce_text(&corpus);
     let documents = corpus.fingerprints();
     let earlier_steps = earlier.as_ref().map(|earlier| earlier.training.steps);
-    let (config, tokenizer) = match (earlier, &args.resume) {
+    let (config, tokenizer) = match (earlier, &args.run.resume) {
         (Some(earlier), Some(run)) => {
             let config = overrides.resume(&earlier)?;
             if let Some(changed) = earlier.changed_document(&documents) {
@@ -171,7 +153,7 @@ fn plan(args: &Args) -> Result<Pretraining, AnyError> {
             (config, tokenizer)
         }
         _ => {
-            if let Some(path) = &args.out {
+            if let Some(path) = &args.run.new.out {
                 RunFolder::check_free(path)?;
             }
             let choice = choice.unwrap_or(TokenizerChoice::Bytes);

@@ -25,7 +25,7 @@ use emberlm::{
     },
 };
 use emberlm_examples::{
-    Course, HoldOut, HoldOutKind, Nearest, Search, Sentences, Stop, TokenizerRecord,
+    Course, HoldOut, HoldOutKind, Nearest, RunOptions, Search, Sentences, Stop, TokenizerRecord,
     TranslationConfig, TranslationOverrides, Translator, Watched, Work, announce_resume,
     check_writable, choose_device, complain, draw_attention, evaluate_unless_stopped, exit_code,
     export, final_figures, from_checkpoint, open_folder, prepare, say, say_figures, serve, shipped,
@@ -90,15 +90,6 @@ struct Args {
     /// Steps between checkpoints
     #[arg(long, value_name = "N")]
     checkpoint_every: Option<u64>,
-    /// The run's folder, new or empty [default: the next number under runs/]
-    #[arg(long, value_name = "DIR", conflicts_with = "resume")]
-    out: Option<PathBuf>,
-    /// Continue the run in this folder from its last checkpoint, exactly
-    #[arg(long, value_name = "DIR")]
-    resume: Option<PathBuf>,
-    /// Where the final figures go too, besides the run's folder
-    #[arg(long, value_name = "FILE.json")]
-    report: Option<PathBuf>,
     /// Do not train: write initial weights, the batches of all steps and the tokenizer into a new folder, for
     /// benches/peers/translate.py
     #[arg(long, value_name = "DIR", conflicts_with_all = ["out", "resume", "serve", "report"])]
@@ -106,12 +97,8 @@ struct Args {
     /// Train nothing by itself: answer commands on standard input, for benches/peers/translate.py --beside
     #[arg(long, conflicts_with_all = ["out", "resume", "report"])]
     serve: bool,
-    /// Device, such as flex, ndarray, vulkan:0 [default: the GPU that is compiled in, else ndarray, else flex]
-    #[arg(long)]
-    device: Option<String>,
-    /// Print lines even if the terminal could show the dashboard
-    #[arg(long)]
-    no_tui: bool,
+    #[command(flatten)]
+    options: RunOptions,
 }
 
 type AnyError = Box<dyn std::error::Error>;
@@ -127,7 +114,7 @@ fn translate(args: &Args) -> Result<ExitCode, AnyError> {
         length_penalty: args.length_penalty,
     };
     search.validate()?;
-    let (device_name, device) = choose_device(args.device.as_deref())?;
+    let (device_name, device) = choose_device(args.options.new.show.device.as_deref())?;
     let own_model = || args.serve || args.export.is_some();
     match &args.run {
         Some(run) => use_run(args, run, &search, &device).map(|()| ExitCode::SUCCESS),
@@ -246,7 +233,7 @@ fn plan(args: &Args) -> Result<Plan, AnyError> {
     };
     let choice = args.tokenizer.as_deref();
     let choice: Option<TokenizerChoice> = choice.map(str::parse).transpose()?;
-    let earlier = match &args.resume {
+    let earlier = match &args.options.resume {
         None => None,
         Some(path) => {
             // Checks that it holds a run and that nobody trains in it.
@@ -264,7 +251,7 @@ fn plan(args: &Args) -> Result<Plan, AnyError> {
     let hold_out = hold_out(args, earlier.as_ref())?;
     let split = hold_out.split(&corpus)?;
     let earlier_steps = earlier.as_ref().map(|earlier| earlier.training.steps);
-    let (config, sentences) = match (earlier, &args.resume) {
+    let (config, sentences) = match (earlier, &args.options.resume) {
         (Some(earlier), Some(run)) => {
             let config = overrides.resume(&earlier)?;
             if (pairs.bytes, pairs.crc32) != (earlier.pairs.bytes, earlier.pairs.crc32) {
@@ -306,7 +293,7 @@ fn new_run(
     hold_out: HoldOut,
     split: &PairSplit,
 ) -> Result<(TranslationConfig, Sentences), AnyError> {
-    if let Some(path) = args.out.as_ref().or(args.export.as_ref()) {
+    if let Some(path) = args.options.new.out.as_ref().or(args.export.as_ref()) {
         RunFolder::check_free(path)?;
     }
     let choice = choice.unwrap_or(TokenizerChoice::Bpe { vocab_size: 4096 });
@@ -397,12 +384,15 @@ fn help_twin(args: &Args, device: &Device) -> Result<(), AnyError> {
 
 fn train_and_score(args: &Args, search: &Search, device: &Device) -> Result<ExitCode, AnyError> {
     let plan = plan(args)?;
-    if let Some(path) = &args.report {
+    if let Some(path) = &args.options.new.report {
         check_writable("--report", path)?;
     }
     let stop = Stop::on_signals()?;
-    let folder = open_folder(args.resume.as_deref(), args.out.as_deref())?;
-    if args.resume.is_none() {
+    let folder = open_folder(
+        args.options.resume.as_deref(),
+        args.options.new.out.as_deref(),
+    )?;
+    if args.options.resume.is_none() {
         plan.sentences
             .tokenizer
             .save(folder.file(Tokenizer::FILE_NAME))?;
@@ -415,7 +405,7 @@ fn train_and_score(args: &Args, search: &Search, device: &Device) -> Result<Exit
     let watched = Watched {
         folder: &folder,
         stop: &stop,
-        no_tui: args.no_tui,
+        no_tui: args.options.new.show.no_tui,
         bytes_per_token: Some(bytes_per_token(&plan)),
     };
     let (config, step) = (&plan.config.training, trainer.session.counters.step);
@@ -434,7 +424,7 @@ fn train_and_score(args: &Args, search: &Search, device: &Device) -> Result<Exit
         return Ok(ExitCode::SUCCESS);
     };
     write_json(&folder.file(Report::FILE_NAME), &report)?;
-    if let Some(path) = &args.report {
+    if let Some(path) = &args.options.new.report {
         write_json(path, &report)?;
     }
     say_figures(&trainer, &report.figures, "the held-out pairs");

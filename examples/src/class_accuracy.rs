@@ -64,7 +64,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::{CaseLoader, Novel, NovelCases, choose_device};
+    use crate::{CaseLoader, N_NGRAMS, Novel, NovelCases, choose_device};
 
     #[test]
     fn the_figures_are_those_of_each_case() {
@@ -75,7 +75,7 @@ mod tests {
             held_out: (0..20).map(|at| i + 3 * at).collect(),
         };
         let cases = NovelCases::new((0..3).map(novel).collect(), 10, 4, 0).unwrap();
-        let encoder = EncoderConfig::new(256, 1, 12, 3);
+        let encoder = EncoderConfig::new(N_NGRAMS, 1, 12, 3);
         let model = SequenceClassifierConfig::new(encoder, 3).init(&device);
         let loader = CaseLoader::held_out(Arc::new(cases), 11, 4, &device);
         let mut rows = Vec::new();

@@ -20,6 +20,9 @@ const GAP: i32 = 12;
 /// Twice the fair share or more.
 const DARKEST: RGBColor = RGBColor(0, 68, 136);
 
+/// A step, and how often each expert of each layer was chosen in it.
+type Loads<'a> = (u64, &'a Vec<Vec<u64>>);
+
 /// Draws the load of each expert over the steps: a band for each layer, a row for each expert, a column for a step or for
 /// several. White is no token, the darkest twice the fair share or more. Draws nothing, and gives `false`, for a run
 /// without experts.
@@ -28,7 +31,7 @@ const DARKEST: RGBColor = RGBColor(0, 68, 136);
 ///
 /// A file that cannot be written.
 pub fn draw_load(records: &[StepRecord], png: &Path) -> Result<bool, PlotError> {
-    let loads: Vec<(u64, &Vec<Vec<u64>>)> = records
+    let loads: Vec<Loads<'_>> = records
         .iter()
         .filter_map(|record| Some((record.step, &record.routing.as_ref()?.load)))
         .collect();
@@ -43,8 +46,7 @@ pub fn draw_load(records: &[StepRecord], png: &Path) -> Result<bool, PlotError> 
         .map(|layer| format!("layer {layer}"))
         .collect();
     let steps = format!("steps {} to {}", loads[0].0, loads[loads.len() - 1].0);
-    let columns: Vec<&[(u64, &Vec<Vec<u64>>)]> =
-        loads.chunks(loads.len().div_ceil(MOST_COLUMNS)).collect();
+    let columns: Vec<&[Loads<'_>]> = loads.chunks(loads.len().div_ceil(MOST_COLUMNS)).collect();
     let room = labels.iter().map(|label| text_width(label));
     let room = room.collect::<Result<Vec<_>, _>>()?.into_iter().max();
     let left = MARGIN + room.unwrap_or(0) + GAP;

@@ -1,8 +1,8 @@
 //! The model of a run, of whichever architecture.
 
 use emberlm::{
-    core::InvalidConfig,
-    models::{DecoderConfig, EncoderConfig, EncoderDecoderConfig, PositionsConfig},
+    core::{BatchData, InvalidConfig, Lengths, Pattern},
+    models::{DecoderConfig, EncoderConfig, EncoderDecoderConfig, LayerAttention, PositionsConfig},
 };
 use serde::{
     Deserialize, Deserializer, Serialize,
@@ -79,6 +79,38 @@ impl ModelConfig {
     /// Those of the configuration that it is.
     pub fn validate(&self) -> Result<(), InvalidConfig> {
         of_any!(self, config => config.validate())
+    }
+
+    /// What a token sees, in each block; of an encoder-decoder in its encoder.
+    fn patterns(&self) -> Vec<Pattern> {
+        let (layers, pattern) = match self {
+            Self::Decoder(config) => (&config.layers, config.pattern.clone()),
+            Self::Encoder(config) => (&config.layers, Some(config.pattern.clone())),
+            Self::EncoderDecoder(config) => (&config.encoder_layers, None),
+        };
+        match layers {
+            Some(layers) => layers.iter().map(LayerAttention::visible).collect(),
+            None => pattern.into_iter().collect(),
+        }
+    }
+
+    /// Checks what tokens see in sequences of this length, which bring nothing but tokens.
+    ///
+    /// # Errors
+    ///
+    /// Positions and dilations that no sequence reaches, or a pattern that the batch would have to decide.
+    pub fn check_patterns(&self, seq_length: usize) -> Result<(), InvalidConfig> {
+        let lengths =
+            Lengths::square(seq_length).with_n_heads(of_any!(self, config => config.n_heads));
+        let field = match self {
+            Self::Decoder(_) | Self::Encoder(_) => "pattern",
+            Self::EncoderDecoder(_) => "encoder_layers",
+        };
+        self.patterns().iter().try_for_each(|pattern| {
+            let checked = pattern.check(&lengths, &BatchData::new());
+            let checked = checked.and_then(|()| pattern.check_longest(seq_length));
+            checked.map_err(|source| InvalidConfig::Pattern { field, source })
+        })
     }
 
     /// Number of tokens that the model knows.

@@ -12,7 +12,7 @@ use emberlm::{
 };
 use thiserror::Error;
 
-use crate::Novel;
+use crate::{Novel, ngrams::ngrams};
 
 /// What cannot be made cases of.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -49,26 +49,46 @@ pub enum CaseError {
     },
 }
 
-/// A text whose end is of another novel than the rest.
+/// A text of stretches, each of another novel than the one before it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Case {
     /// `seq_length` bytes.
     pub text: Vec<u8>,
-    /// The novel that the rest is of.
-    pub rest: usize,
-    /// The novel that the end is of, another one: the class.
-    pub end: usize,
+    /// The stretches, in order. The last is the end, whose novel is the class.
+    pub stretches: Vec<Stretch>,
+}
+
+/// A part of a case, up to where the next one begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stretch {
+    /// Where it begins.
+    pub start: usize,
+    /// The novel that it is of.
+    pub novel: usize,
+}
+
+impl Case {
+    /// The novel that the end is of: the class.
+    pub fn end(&self) -> usize {
+        self.stretches.last().expect("a case has an end").novel
+    }
+
+    /// The novel at a position.
+    fn novel_at(&self, position: usize) -> usize {
+        let n_begun = (self.stretches).partition_point(|stretch| stretch.start <= position);
+        self.stretches[n_begun - 1].novel
+    }
 }
 
 /// Cases of novels: each is a function of a few numbers, so that a resumed run sees what it would have seen.
 ///
-/// The end, the last `tail` bytes, is of any novel with equal chance, the rest of any of the others, both from any place of
-/// the novel's part. Who knows nothing names the end's novel in one of `n` cases, for `n` novels; who knows which novel
-/// the rest is of, in one of `n - 1`.
+/// A held-out case has two stretches: the end, the last `tail` bytes, is of any novel with equal chance, the rest of any of
+/// the others, both from any place of the novel's held-out part. Who knows nothing names the end's novel in one of `n` cases,
+/// for `n` novels; who knows which novel the rest is of, in one of `n - 1`.
 ///
 /// A case asks for the novel of its end at the first position. A single answer in thousands of bytes teaches little, so
-/// those that are trained on ask besides, in the middle of each stretch of `tail` bytes, for the novel of that stretch.
-/// What is measured asks at the first position alone.
+/// training is richer in two ways. Its cases are patchwork: the rest too is cut into stretches of `tail` bytes, each of any
+/// novel but that of its neighbour. And they ask besides, in the middle of each stretch, for its novel.
 #[derive(Debug)]
 pub struct NovelCases {
     novels: Vec<Novel>,
@@ -126,7 +146,7 @@ impl NovelCases {
         1 + self.middles().count()
     }
 
-    /// The middles of the stretches, from that of the end on; the first position is none.
+    /// The middles of stretches of `tail` bytes, from that of the end on; the first position is none.
     fn middles(&self) -> impl Iterator<Item = usize> {
         let last = self.seq_length - self.tail.div_ceil(2);
         (1..=last).rev().step_by(self.tail)
@@ -135,10 +155,8 @@ impl NovelCases {
     /// The classes that are asked for in training, by position.
     fn training_targets(&self, case: &Case) -> Vec<i64> {
         let mut targets = self.held_out_targets(case);
-        let border = self.seq_length - self.tail;
         for middle in self.middles() {
-            let novel = if middle < border { case.rest } else { case.end };
-            targets[middle] = novel as i64;
+            targets[middle] = case.novel_at(middle) as i64;
         }
         targets
     }
@@ -146,35 +164,48 @@ impl NovelCases {
     /// The class that is measured, by position.
     fn held_out_targets(&self, case: &Case) -> Vec<i64> {
         let mut targets = vec![IGNORED_TARGET; self.seq_length];
-        targets[0] = case.end as i64;
+        targets[0] = case.end() as i64;
         targets
     }
 
     /// Case `index` of a step, of what is trained on.
     pub fn training(&self, step: u64, index: u64) -> Case {
         let key = self.key.fold(step).fold(index);
-        self.case(key, |novel| &novel.training)
+        let n_stretches = self.seq_length.div_ceil(self.tail);
+        self.case(key, n_stretches, |novel| &novel.training)
     }
 
     /// A held-out case, whatever the seed.
     pub fn held_out(&self, number: u64) -> Case {
         let key = RandomKey::new(0).fold_str("held-out cases").fold(number);
-        self.case(key, |novel| &novel.held_out)
+        self.case(key, 2, |novel| &novel.held_out)
     }
 
-    fn case(&self, key: RandomKey, part: impl Fn(&Novel) -> &[u8]) -> Case {
-        let below = |draw, n: usize| key.below(draw, n as u64) as usize;
+    /// A case of so many stretches, all of the length of the end but the first. They are drawn from the end on.
+    fn case(&self, key: RandomKey, n_stretches: usize, part: impl Fn(&Novel) -> &[u8]) -> Case {
         let n = self.novels.len();
-        let end = below(0, n);
-        let rest = (end + 1 + below(1, n - 1)) % n;
-        let piece = |draw, novel: usize, length: usize| {
-            let text = part(&self.novels[novel]);
-            let start = below(draw, text.len() - length + 1);
-            text[start..start + length].to_vec()
-        };
-        let mut text = piece(2, rest, self.seq_length - self.tail);
-        text.extend(piece(3, end, self.tail));
-        Case { text, rest, end }
+        let mut text = vec![0; self.seq_length];
+        let mut stretches: Vec<Stretch> = Vec::with_capacity(n_stretches);
+        let mut end = self.seq_length;
+        for number in 0..n_stretches {
+            let key = key.fold(number as u64);
+            let below = |draw, n: usize| key.below(draw, n as u64) as usize;
+            let novel = match stretches.last() {
+                None => below(0, n),
+                Some(next) => (next.novel + 1 + below(0, n - 1)) % n,
+            };
+            let start = match number + 1 == n_stretches {
+                true => 0,
+                false => end - self.tail,
+            };
+            let from = part(&self.novels[novel]);
+            let at = below(1, from.len() - (end - start) + 1);
+            text[start..end].copy_from_slice(&from[at..at + (end - start)]);
+            stretches.push(Stretch { start, novel });
+            end = start;
+        }
+        stretches.reverse();
+        Case { text, stretches }
     }
 }
 
@@ -183,9 +214,9 @@ fn batch(cases: &[Case], targets: impl Fn(&Case) -> Vec<i64>, device: &Device) -
         let shape = [cases.len(), values.len() / cases.len()];
         Tensor::<2, Int>::from_data(TensorData::new(values, shape), device)
     };
-    let texts = cases.iter().flat_map(|case| &case.text);
+    let tokens = cases.iter().flat_map(|case| ngrams(&case.text));
     TokenBatch::new(
-        tensor(texts.map(|byte| i64::from(*byte)).collect()),
+        tensor(tokens.collect()),
         tensor(cases.iter().flat_map(targets).collect()),
     )
 }
@@ -332,22 +363,30 @@ mod tests {
     }
 
     #[test]
-    fn the_end_is_of_another_novel_than_the_rest() {
+    fn each_stretch_is_of_another_novel_than_the_next() {
         let cases = cases(3);
-        let training = (0..500).map(|i| (false, cases.training(i / 4, i % 4)));
-        let held_out = (0..500).map(|i| (true, cases.held_out(i)));
-        for (is_held_out, case) in training.chain(held_out) {
-            assert_ne!(case.rest, case.end);
-            let (rest, end) = case.text.split_at(14);
-            assert_eq!(end.len(), 6);
-            let of = |bytes: &[u8]| -> HashSet<_> {
-                bytes.iter().map(|byte| novel_and_part(*byte)).collect()
-            };
-            assert_eq!(of(rest), HashSet::from([(case.rest, is_held_out)]));
-            assert_eq!(of(end), HashSet::from([(case.end, is_held_out)]));
-            // Each is one piece.
-            let follows = |pair: &[u8]| pair[1] == pair[0] + 1 || pair[0] % 20 == 19;
-            assert!(rest.windows(2).chain(end.windows(2)).all(follows));
+        let training = (0..500).map(|i| (false, vec![0, 2, 8, 14], cases.training(i / 4, i % 4)));
+        let held_out = (0..500).map(|i| (true, vec![0, 14], cases.held_out(i)));
+        for (is_held_out, starts, case) in training.chain(held_out) {
+            let begin = case.stretches.iter().map(|stretch| stretch.start);
+            assert!(begin.eq(starts.iter().copied()));
+            let ends = starts.iter().skip(1).copied().chain([20]);
+            for (stretch, end) in case.stretches.iter().zip(ends) {
+                let bytes = &case.text[stretch.start..end];
+                let of: HashSet<_> = bytes.iter().map(|byte| novel_and_part(*byte)).collect();
+                assert_eq!(of, HashSet::from([(stretch.novel, is_held_out)]));
+                // It is one piece.
+                let follows = |pair: &[u8]| pair[1] == pair[0] + 1 || pair[0] % 20 == 19;
+                assert!(bytes.windows(2).all(follows));
+                assert_eq!(case.novel_at(end - 1), stretch.novel);
+            }
+            let neighbours = case.stretches.windows(2);
+            assert!(
+                neighbours
+                    .into_iter()
+                    .all(|pair| pair[0].novel != pair[1].novel)
+            );
+            assert_eq!(case.end(), novel_and_part(case.text[19]).0);
         }
     }
 
@@ -357,8 +396,8 @@ mod tests {
         let mut pairs = [[0; 6]; 6];
         let mut starts = HashSet::new();
         for i in 0..6000 {
-            let case = cases.training(1 + i / 8, i % 8);
-            pairs[case.end][case.rest] += 1;
+            let case = cases.held_out(i);
+            pairs[case.end()][case.stretches[0].novel] += 1;
             starts.insert(case.text[0]);
         }
         for (end, row) in pairs.iter().enumerate() {
@@ -368,7 +407,7 @@ mod tests {
                 assert!(i32::abs_diff(*n, expected) < 4 * 14, "{pairs:?}");
             }
         }
-        assert_eq!(starts.len(), 6 * 20);
+        assert_eq!(starts.len(), 6 * 17);
     }
 
     #[test]
@@ -421,10 +460,10 @@ mod tests {
         let whole = all(&config, 1);
         assert_eq!(whole.len(), 5);
         let case = cases.training(2, 3);
-        let text = case.text.iter().map(|byte| i64::from(*byte)).collect();
-        let (rest, end) = (case.rest as i64, case.end as i64);
-        // Of the end, of bytes 14 to 19, and of the stretches before it, down to a rest of two bytes.
-        let asked = vec![(0, end), (5, rest), (11, rest), (17, end)];
+        let text = ngrams(&case.text).collect();
+        let of = |stretch: usize| case.stretches[stretch].novel as i64;
+        // The end is of bytes 14 to 19; the first stretch has two, and no middle.
+        let asked = vec![(0, of(3)), (5, of(1)), (11, of(2)), (17, of(3))];
         assert_eq!(cases.n_asked(), asked.len());
         assert_eq!(rows(&whole[1])[3], (text, asked));
         for (later, whole) in all(&config, 4).iter().zip(&whole[3..]) {
@@ -449,7 +488,7 @@ mod tests {
         let batches: Vec<TokenBatch> = loader.iter().map(Result::unwrap).collect();
         assert!(batches.iter().all(|batch| batch.dropout_key.is_none()));
         let all: Vec<_> = batches.iter().flat_map(rows).collect();
-        let ends = (0..7).map(|i| vec![(0, cases.held_out(i).end as i64)]);
+        let ends = (0..7).map(|i| vec![(0, cases.held_out(i).end() as i64)]);
         assert!(all.iter().map(|(_, asked)| asked.clone()).eq(ends));
         let part: Vec<_> = loader.slice(2, 6).iter().map(Result::unwrap).collect();
         let part: Vec<_> = part.iter().flat_map(rows).collect();

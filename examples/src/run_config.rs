@@ -707,13 +707,15 @@ impl Sections {
                 source.max(target)
             }
         };
-        match self.model.max_seq_length() {
-            Some(max_seq_length) if longest > max_seq_length => Err(ConfigError::Positions {
+        if let Some(max_seq_length) = self.model.max_seq_length()
+            && longest > max_seq_length
+        {
+            return Err(ConfigError::Positions {
                 seq_length: longest,
                 max_seq_length,
-            }),
-            _ => Ok(()),
+            });
         }
+        self.model.check_patterns(longest).map_err(invalid(MODEL))
     }
 
     /// Checks that the model knows the tokens of the objective.

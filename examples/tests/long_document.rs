@@ -70,9 +70,9 @@ fn a_table_has_a_row_for_each_pattern() {
         let ended = run(&place, task, table, &more);
         assert_eq!(ended.stderr, "");
         let lines: Vec<&str> = ended.stdout.lines().collect();
-        // Each row has said its own line before.
-        let begin = lines.iter().rposition(|line| line.starts_with("pattern "));
-        let begin = begin.expect("the titles");
+        let mut titles = (0..lines.len()).filter(|line| lines[*line].starts_with("pattern "));
+        let begin = titles.next().expect("the titles");
+        assert_eq!(titles.next(), None, "one table: {ended:?}");
         assert!(lines[begin].contains(title), "{ended:?}");
         let rows = lines[begin + 1..begin + 6].join("\n");
         assert_eq!(first_words(&rows), PATTERNS);

@@ -112,6 +112,31 @@ fn a_text_without_end_in_bounded_memory() {
 }
 
 #[test]
+fn patterns_that_no_sequence_fits_are_refused() {
+    let place = place();
+    for (objective, pattern, mention) in [
+        (
+            "masked",
+            "window:3 | global:batch",
+            "global:batch needs global positions",
+        ),
+        (
+            "masked",
+            "window:3 | global:0,5000",
+            "holds position 5000, but the sequence has",
+        ),
+        ("masked", "dilated:2:5000", "dilated.dilation 5000 leaves"),
+        ("spans", "global:5000", "encoder_layers: global.positions"),
+        ("causal", "dilated:2:5000", "dilated.dilation 5000 leaves"),
+        ("causal", "window:3:0 | global:batch", "global:batch needs"),
+    ] {
+        let args = ["--objective", objective, "--pattern", pattern];
+        let args = [&["--text", common::TEXT, "--out", "run"], &args[..]].concat();
+        place.refuses("pretrain", &args, &["model", mention]);
+    }
+}
+
+#[test]
 fn what_has_no_bound_is_refused() {
     let place = place();
     place.succeeds("pretrain", &rotary("run", &[]));

@@ -106,6 +106,10 @@ impl Scores {
     }
 
     /// [`attend`](Self::attend), where the keys and values are all that a cache holds.
+    ///
+    /// # Panics
+    ///
+    /// As [`attend`](Self::attend), and if the cache is a ring that was made for another pattern.
     pub(crate) fn attend_cached(
         &self,
         heads: [Tensor<4>; 3],
@@ -114,14 +118,20 @@ impl Scores {
         cache: &KvCache,
     ) -> Tensor<3> {
         let [query, ..] = &heads;
+        cache.check_pattern(|| self.visible());
         let (scores, context) = self.in_slots(context, cache, query);
         scores.attend(heads, output, &context)
     }
 
     /// An empty cache of bounded memory.
     pub(crate) fn new_ring_cache(&self, positions: CachePositions) -> Result<KvCache, RingError> {
-        let all = [std::slice::from_ref(&self.pattern), &self.repeats[..]].concat();
-        KvCache::ring(&Pattern::Or(all), positions)
+        KvCache::ring(&self.visible(), positions)
+    }
+
+    /// All that a query sees.
+    fn visible(&self) -> Pattern {
+        let repeats = self.repeats.iter().cloned();
+        repeats.fold(self.pattern.clone(), |all, repeat| all | repeat)
     }
 
     /// The weights of the keys, `[batch_size, n_heads, query_length, key_length]`: what attention makes of values that

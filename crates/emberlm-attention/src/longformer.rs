@@ -52,7 +52,7 @@ impl LongformerAttentionConfig {
     ///
     /// # Errors
     ///
-    /// A zero, heads that do not divide the width, not one dilation a head, global positions that do not rise, or a
+    /// A zero, heads that do not divide the width, not one dilation a head, dilations of a window without neighbours, global positions that do not rise, or a
     /// dropout rate outside `[0, 1)`.
     pub fn validate(&self) -> Result<(), InvalidConfig> {
         let Self {
@@ -69,6 +69,15 @@ impl LongformerAttentionConfig {
                 range: "one a head",
                 value: n_dilations as f64,
             });
+        }
+        for dilation in self.dilations.iter().flatten() {
+            InvalidConfig::require_positive(&[("dilations", *dilation)])?;
+            if *dilation > 1 && self.window.back == 0 && (self.causal || self.window.ahead == 0) {
+                return Err(InvalidConfig::Unsupported {
+                    field: "dilations",
+                    reason: "the window leaves a query no key but its own, so there are none to be farther apart",
+                });
+            }
         }
         if let Some(rotary) = &self.rotary {
             rotary.validate()?;
@@ -319,8 +328,12 @@ impl LongformerAttention {
         if moves && positions == CachePositions::InCache {
             return Err(RingError::InCache);
         }
-        let both = self.local.pattern.clone() | self.of_global.pattern.clone();
-        KvCache::ring(&both, positions)
+        KvCache::ring(&self.visible(), positions)
+    }
+
+    /// All that a query sees, by either kind of projections.
+    fn visible(&self) -> Pattern {
+        self.local.pattern.clone() | self.of_global.pattern.clone()
     }
 }
 
@@ -342,8 +355,10 @@ impl SequenceMixer for LongformerAttention {
 
     /// # Panics
     ///
-    /// As [`forward`](Self::forward), and if the module is not causal.
+    /// As [`forward`](Self::forward), and if the module is not causal, or the cache was made for another pattern or filled by
+    /// another layer.
     fn forward_cached(&self, x: Tensor<3>, context: &Context, cache: &mut KvCache) -> Tensor<3> {
+        cache.check_pattern(|| self.visible());
         let [query, key, value] = self.local_heads(x.clone());
         let [query, key] = self.turn([query, key], context);
         let (key, value) = match self.tokens.is_empty() {

@@ -513,6 +513,74 @@ fn a_batch_that_names_no_global_tokens_is_refused() {
     attention.forward(x, &Context::new(Lengths::square(12)));
 }
 
+fn by_batch(globals: Vec<Vec<usize>>) {
+    let config = LongformerAttentionConfig::new(D_MODEL, N_HEADS, Window::one_sided(2));
+    let attention = config.with_global(Global::Batch).init(&device());
+    let x = random([2, 12, D_MODEL], 1, DType::F32, &device());
+    let data = BatchData::new().with_globals(globals);
+    attention.forward(x, &Context::new(Lengths::square(12)).with_data(2, data));
+}
+
+#[test]
+#[should_panic(expected = "global: global positions hold 1 batch rows, expected batch_size 2")]
+fn global_tokens_of_another_batch_are_refused() {
+    by_batch(vec![vec![0]]);
+}
+
+#[test]
+#[should_panic(
+    expected = "global: global positions holds position 12, but the sequence has 12 positions"
+)]
+fn global_tokens_beyond_the_sequence_are_refused() {
+    by_batch(vec![vec![0], vec![3, 12]]);
+}
+
+fn step<M: SequenceMixer<Cache = KvCache>>(mixer: &M, cache: &mut KvCache) {
+    let x = random([1, 1, D_MODEL], 1, DType::F32, &device());
+    let lengths = Lengths::new(1, cache.len() + 1).with_first_position(cache.len());
+    mixer.forward_cached(x, &Context::new(lengths), cache);
+}
+
+fn with_pattern(words: &str) -> GroupedQueryAttention {
+    let config = GroupedQueryAttentionConfig::new(D_MODEL, N_HEADS);
+    config.with_pattern(words.parse().unwrap()).init(&device())
+}
+
+#[test]
+#[should_panic(
+    expected = "cache: it keeps what causal & window:3:0 sees, but the layer attends by causal & window:5:0"
+)]
+fn a_ring_of_another_pattern_is_refused() {
+    let narrow = with_pattern("causal & window:3:0");
+    let mut cache = narrow.new_ring_cache(CachePositions::Absolute).unwrap();
+    step(&narrow, &mut cache);
+    step(&with_pattern("causal & window:5:0"), &mut cache);
+}
+
+#[test]
+#[should_panic(expected = "but the layer attends by (causal & (window:2 | global-keys:..1)) | ")]
+fn a_ring_of_another_module_is_refused() {
+    let longformer = LongformerAttentionConfig::new(D_MODEL, N_HEADS, Window::one_sided(2))
+        .with_global(Global::First(1))
+        .with_causal(true)
+        .init(&device());
+    let window = with_pattern("causal & window:2:0");
+    let mut cache = window.new_ring_cache(CachePositions::Absolute).unwrap();
+    step(&longformer, &mut cache);
+}
+
+#[test]
+#[should_panic(expected = "cache: keys of n_kv_heads 6 are held, got 3: it was filled by another")]
+fn a_dense_cache_of_another_module_is_refused() {
+    let longformer = LongformerAttentionConfig::new(D_MODEL, N_HEADS, Window::one_sided(2))
+        .with_global(Global::First(1))
+        .with_causal(true)
+        .init(&device());
+    let mut cache = longformer.new_cache(4);
+    step(&longformer, &mut cache);
+    step(&with_pattern("causal"), &mut cache);
+}
+
 #[test]
 fn bad_configs_name_the_field() {
     let longformer = LongformerAttentionConfig::new(D_MODEL, N_HEADS, Window::one_sided(2));
@@ -534,7 +602,13 @@ fn bad_configs_name_the_field() {
                 .clone()
                 .with_dilations(Some(vec![1, 0, 2]))
                 .validate(),
-            "dilated.dilation",
+            "dilations must be at least 1",
+        ),
+        (
+            LongformerAttentionConfig::new(D_MODEL, N_HEADS, Window::one_sided(0))
+                .with_dilations(Some(vec![1, 2, 1]))
+                .validate(),
+            "dilations cannot be so: the window leaves a query no key but its own",
         ),
         (
             longformer

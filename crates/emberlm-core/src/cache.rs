@@ -124,6 +124,8 @@ pub struct KvCache {
 
 #[derive(Clone, Debug)]
 struct Ring {
+    /// What it was made for.
+    pattern: Pattern,
     horizon: Horizon,
     positions: CachePositions,
 }
@@ -170,7 +172,12 @@ impl KvCache {
         let horizon = pattern.horizon().ok_or_else(|| RingError::Unbounded {
             pattern: pattern.to_string(),
         })?;
-        Ok(Self::empty(0, Some(Ring { horizon, positions })))
+        let ring = Ring {
+            pattern: pattern.clone(),
+            horizon,
+            positions,
+        };
+        Ok(Self::empty(0, Some(ring)))
     }
 
     fn empty(capacity: usize, ring: Option<Ring>) -> Self {
@@ -193,8 +200,11 @@ impl KvCache {
     ///
     /// # Panics
     ///
-    /// If the capacity of a dense cache is exceeded.
+    /// If the capacity of a dense cache is exceeded, or batch_size, heads or widths are not those of what is held: the cache
+    /// was filled by another layer.
     pub fn append(&mut self, key: Tensor<4>, value: Tensor<4>) -> (Tensor<4>, Tensor<4>) {
+        self.keys.check("keys", &key);
+        self.values.check("values", &value);
         let length = key.dims()[2];
         let start = self.slots.n_slots();
         if start + length > self.capacity || self.counts_in_cache() {
@@ -206,6 +216,21 @@ impl KvCache {
             self.keys.write(key, start, self.capacity),
             self.values.write(value, start, self.capacity),
         )
+    }
+
+    /// Checks that what a layer sees is what the cache keeps. A dense one keeps everything.
+    ///
+    /// # Panics
+    ///
+    /// If it is a ring that was made for another pattern.
+    pub fn check_pattern(&self, of_layer: impl FnOnce() -> Pattern) {
+        if let Some(Ring { pattern, .. }) = &self.ring {
+            let of_layer = of_layer();
+            assert!(
+                *pattern == of_layer,
+                "cache: it keeps what {pattern} sees, but the layer attends by {of_layer}: make it by that layer"
+            );
+        }
     }
 
     /// Forgets what may be forgotten, and allocates slots for `length` more positions.
@@ -313,6 +338,20 @@ pub fn select_rows<const D: usize>(x: Tensor<D>, rows: &[usize]) -> Tensor<D> {
 struct Storage(Option<Tensor<4>>);
 
 impl Storage {
+    /// Checks that new heads are of the kind of those that are held.
+    fn check(&self, what: &str, new: &Tensor<4>) {
+        let Some(all) = &self.0 else {
+            return;
+        };
+        let axes = ["batch_size", "n_kv_heads", "", "d_head"];
+        for (axis, (held, new)) in axes.iter().zip(all.dims().iter().zip(new.dims())) {
+            assert!(
+                axis.is_empty() || *held == new,
+                "cache: {what} of {axis} {held} are held, got {new}: it was filled by another layer"
+            );
+        }
+    }
+
     /// Writes `new` at `start` and returns everything up to its end.
     fn write(&mut self, new: Tensor<4>, start: usize, capacity: usize) -> Tensor<4> {
         let [batch_size, n_heads, length, d_head] = new.dims();

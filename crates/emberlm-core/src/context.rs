@@ -145,7 +145,7 @@ impl Context {
     ///
     /// # Errors
     ///
-    /// If the batch decides, and brings no global positions.
+    /// If the batch decides, and brings no global positions, those of another number of rows, or some beyond the sequence.
     pub fn global_queries(&self, global: &Global) -> Result<Vec<Vec<usize>>, PatternError> {
         let first = self.lengths.first_position;
         let queries = first..self.lengths.query_end();
@@ -168,6 +168,7 @@ impl Context {
             }
             Global::Batch => {
                 self.data.require_globals()?;
+                self.data.check(&self.lengths)?;
                 let rows = 0..self.lengths.batch_size;
                 rows.map(|row| among(self.data.globals(row))).collect()
             }

@@ -100,7 +100,8 @@ impl DecoderConfig {
         if let Some(experts) = &self.experts {
             experts.validate_causal()?;
         }
-        self.stack().validate()
+        self.stack().validate()?;
+        self.stack().check_longest(self.max_seq_length())
     }
 
     /// Makes the model, initialised as GPT-2 from `seed`: the same values on every backend.

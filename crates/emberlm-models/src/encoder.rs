@@ -78,10 +78,12 @@ impl EncoderConfig {
     ///
     /// # Errors
     ///
-    /// A zero, widths that do not divide evenly, an impossible pattern, or a rate outside `[0, 1)`.
+    /// A zero, widths that do not divide evenly, an impossible pattern, one that names positions beyond the learned
+    /// ones, or a rate outside `[0, 1)`.
     pub fn validate(&self) -> Result<(), InvalidConfig> {
         self.embedding().validate()?;
-        self.stack().validate()
+        self.stack().validate()?;
+        self.stack().check_longest(self.positions.max_seq_length())
     }
 
     /// Makes the model, initialised from `seed`: the same values on every backend. BERT draws all weights from N(0, 0.02);

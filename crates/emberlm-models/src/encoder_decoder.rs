@@ -76,7 +76,8 @@ impl EncoderDecoderConfig {
     ///
     /// # Errors
     ///
-    /// A zero, widths that do not divide evenly, or a rate outside `[0, 1)`.
+    /// A zero, widths that do not divide evenly, blocks of the encoder that attend to positions beyond the learned ones, or a
+    /// rate outside `[0, 1)`.
     pub fn validate(&self) -> Result<(), InvalidConfig> {
         InvalidConfig::require_positive(&[
             ("n_encoder_layers", self.n_encoder_layers),
@@ -85,6 +86,7 @@ impl EncoderDecoderConfig {
         ])?;
         self.embedding(self.vocab_size).validate()?;
         self.encoder().validate()?;
+        (self.encoder()).check_longest(self.positions.max_seq_length())?;
         self.decoder().validate()?;
         match &self.experts {
             Some(experts) => experts.validate_causal(),

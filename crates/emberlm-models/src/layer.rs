@@ -57,14 +57,28 @@ impl LayerAttention {
         }
     }
 
-    /// All that a token sees.
-    pub(crate) fn visible(&self) -> Pattern {
+    /// All that a token sees, in any head.
+    pub fn visible(&self) -> Pattern {
         match self {
             Self::Pattern { pattern, repeats } => {
                 (repeats.iter().cloned()).fold(pattern.clone(), |all, repeat| all | repeat)
             }
-            Self::Longformer { window, global, .. } => {
-                Pattern::window(*window) | Pattern::Global(global.clone())
+            Self::Longformer {
+                window,
+                dilations,
+                global,
+                ..
+            } => {
+                let mut all = Pattern::Global(global.clone());
+                match dilations {
+                    None => all = all | Pattern::window(*window),
+                    Some(dilations) => {
+                        for dilation in dilations {
+                            all = all | Pattern::dilated(*window, *dilation);
+                        }
+                    }
+                }
+                all
             }
         }
     }

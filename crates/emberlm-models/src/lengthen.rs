@@ -115,51 +115,22 @@ fn repeated(short: &LearnedPositions, long: &LearnedPositions) -> Param<Tensor<2
     Param::from_tensor(table.detach())
 }
 
-/// Hands the projections of a mixer to another.
+/// Hands the projections of a mixer to another; those of global tokens begin as copies where they are new.
 fn give(long: &mut Mixer, short: Mixer) {
-    let [query, key, value, output] = match short {
-        Mixer::MultiHead(short) => [short.query, short.key, short.value, short.output],
-        Mixer::GroupedQuery(short) => [short.query, short.key, short.value, short.output],
-        Mixer::Longformer(short) => {
-            if let Mixer::Longformer(long) = long {
-                long.global_query = short.global_query;
-                long.global_key = short.global_key;
-                long.global_value = short.global_value;
-            }
-            let projections = [short.query, short.key, short.value, short.output];
-            return give_four(long, projections);
-        }
-    };
     if let Mixer::Longformer(long) = long {
-        long.global_query = copied(&query);
-        long.global_key = copied(&key);
-        long.global_value = copied(&value);
+        let global = match &short {
+            Mixer::Longformer(short) => {
+                [&short.global_query, &short.global_key, &short.global_value].map(Linear::clone)
+            }
+            Mixer::MultiHead(_) | Mixer::GroupedQuery(_) => {
+                let [query, key, value, _] = short.projections();
+                [query, key, value].map(copied)
+            }
+        };
+        [long.global_query, long.global_key, long.global_value] = global;
     }
-    give_four(long, [query, key, value, output]);
-}
-
-fn give_four(long: &mut Mixer, projections: [Linear; 4]) {
-    let places = match long {
-        Mixer::MultiHead(long) => [
-            &mut long.query,
-            &mut long.key,
-            &mut long.value,
-            &mut long.output,
-        ],
-        Mixer::GroupedQuery(long) => [
-            &mut long.query,
-            &mut long.key,
-            &mut long.value,
-            &mut long.output,
-        ],
-        Mixer::Longformer(long) => [
-            &mut long.query,
-            &mut long.key,
-            &mut long.value,
-            &mut long.output,
-        ],
-    };
-    for (place, projection) in places.into_iter().zip(projections) {
+    let projections = short.projections().map(Linear::clone);
+    for (place, projection) in long.projections_mut().into_iter().zip(projections) {
         *place = projection;
     }
 }

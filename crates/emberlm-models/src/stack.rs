@@ -3,6 +3,7 @@
 use burn::{
     config::Config,
     module::Module,
+    nn::Linear,
     tensor::{Device, Tensor},
 };
 use emberlm_attention::{
@@ -191,6 +192,21 @@ impl StackConfig {
         (0..n_layers).try_for_each(|layer| self.check_layer(&self.layer(layer)))
     }
 
+    /// Checks the patterns against the longest sequence that there are positions for, if there is one.
+    pub(crate) fn check_longest(&self, longest: Option<usize>) -> Result<(), InvalidConfig> {
+        let Some(longest) = longest else {
+            return Ok(());
+        };
+        let field = match self.layers {
+            Some(_) => "layers",
+            None => "pattern",
+        };
+        (0..self.n_layers).try_for_each(|layer| {
+            let checked = self.layer(layer).visible().check_longest(longest);
+            checked.map_err(|source| InvalidConfig::Pattern { field, source })
+        })
+    }
+
     fn check_layer(&self, attention: &LayerAttention) -> Result<(), InvalidConfig> {
         match attention {
             LayerAttention::Pattern { pattern, repeats } => {
@@ -292,6 +308,39 @@ pub enum Mixer {
 }
 
 impl Mixer {
+    /// The projections that make query, key, value and output of all tokens.
+    pub fn projections(&self) -> [&Linear; 4] {
+        match self {
+            Self::MultiHead(all) => [&all.query, &all.key, &all.value, &all.output],
+            Self::GroupedQuery(all) => [&all.query, &all.key, &all.value, &all.output],
+            Self::Longformer(all) => [&all.query, &all.key, &all.value, &all.output],
+        }
+    }
+
+    /// As [`projections`](Self::projections), to be changed.
+    pub fn projections_mut(&mut self) -> [&mut Linear; 4] {
+        match self {
+            Self::MultiHead(all) => [
+                &mut all.query,
+                &mut all.key,
+                &mut all.value,
+                &mut all.output,
+            ],
+            Self::GroupedQuery(all) => [
+                &mut all.query,
+                &mut all.key,
+                &mut all.value,
+                &mut all.output,
+            ],
+            Self::Longformer(all) => [
+                &mut all.query,
+                &mut all.key,
+                &mut all.value,
+                &mut all.output,
+            ],
+        }
+    }
+
     fn new_ring_cache(&self, positions: CachePositions) -> Result<KvCache, RingError> {
         match self {
             Self::MultiHead(attention) => attention.new_ring_cache(positions),
@@ -500,7 +549,8 @@ impl Stack {
     ///
     /// # Panics
     ///
-    /// As [`forward`](Self::forward).
+    /// As [`forward`](Self::forward), and if the cache is of another stack: of another number of blocks, of other heads, or a
+    /// ring of another pattern.
     pub fn forward_cached(
         &self,
         x: Tensor<3>,
@@ -508,6 +558,12 @@ impl Stack {
         cache: &mut StackCache,
     ) -> Tensor<3> {
         let StackCache { layers, source, .. } = cache;
+        assert!(
+            layers.len() == self.blocks.len(),
+            "cache: it is of {} blocks, the stack has {}",
+            layers.len(),
+            self.blocks.len()
+        );
         self.run(
             x,
             context,

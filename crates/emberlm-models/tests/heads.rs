@@ -16,8 +16,8 @@ use emberlm_core::{
     TokenBatch, Window,
 };
 use emberlm_models::{
-    AnswerSpan, EncoderConfig, LayerAttention, PositionsConfig, SequenceClassifier,
-    SequenceClassifierConfig, SpanAnswer, SpanAnswerConfig,
+    AnswerSpan, DecoderConfig, EncoderConfig, EncoderDecoderConfig, LayerAttention,
+    PositionsConfig, SequenceClassifier, SequenceClassifierConfig, SpanAnswer, SpanAnswerConfig,
 };
 use emberlm_testkit::{
     assert_close, device, gradients_by_name, load_parameters, parameters_by_name, random,
@@ -357,6 +357,52 @@ fn the_best_spans_are_those_of_all_pairs() {
             all.truncate(n_best);
             assert_eq!(*best, all);
         }
+    }
+}
+
+#[test]
+fn what_no_sequence_reaches_is_refused() {
+    let longformer = |dilation, global| LayerAttention::Longformer {
+        window: Window::one_sided(2),
+        dilations: Some(vec![1, dilation, 1]),
+        global: Global::Positions(global),
+        causal: false,
+    };
+    let layers = |layer| {
+        let config = EncoderConfig::new(VOCAB_SIZE, 1, 12, 3);
+        config.with_layers(Some(vec![layer]))
+    };
+    layers(longformer(511, vec![0, 511])).validate().unwrap();
+    let source = EncoderDecoderConfig::new(VOCAB_SIZE, 1, 1, 12, 3)
+        .with_positions(PositionsConfig::Learned { max_seq_length: 9 })
+        .with_encoder_layers(Some(vec![longformer(2, vec![9])]));
+    let decoder = DecoderConfig::new(VOCAB_SIZE, 1, 12, 3)
+        .with_positions(PositionsConfig::Learned { max_seq_length: 9 });
+    for (result, words) in [
+        (
+            layers(longformer(1, vec![0, 512])).validate(),
+            "layers: global.positions holds position 512, but the sequence has 512 positions",
+        ),
+        (
+            layers(longformer(512, vec![0])).validate(),
+            "layers: dilated.dilation 512 leaves a query no key but its own",
+        ),
+        (
+            EncoderConfig::new(VOCAB_SIZE, 1, 12, 3)
+                .with_pattern("window:2 | global-keys:600".parse().unwrap())
+                .validate(),
+            "pattern: global.positions holds position 600",
+        ),
+        (source.validate(), "global.positions holds position 9"),
+        (
+            decoder
+                .with_pattern(Some("causal & dilated:2:9".parse().unwrap()))
+                .validate(),
+            "pattern: dilated.dilation 9 leaves",
+        ),
+    ] {
+        let error = result.expect_err(words).to_string();
+        assert!(error.contains(words), "{error}");
     }
 }
 

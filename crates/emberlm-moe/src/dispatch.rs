@@ -29,6 +29,11 @@ impl Dispatch {
         for choice in choices.all() {
             of_experts[choice.expert as usize].push(choice.token as usize);
         }
+        // What fills up is a token that is routed: padding may hold what is no number.
+        let filler = choices
+            .all()
+            .first()
+            .map_or(0, |choice| choice.token as usize);
         let (mut tokens, mut places, mut group_sizes) = (Vec::new(), Vec::new(), Vec::new());
         for (expert, of_expert) in of_experts.iter_mut().enumerate() {
             of_expert.sort_unstable();
@@ -44,7 +49,7 @@ impl Dispatch {
                 n <= rows,
                 "rows_per_expert: expert {expert} has {n} choices, and {rows} rows"
             );
-            tokens.extend(std::iter::repeat_n(0, rows - n));
+            tokens.extend(std::iter::repeat_n(filler, rows - n));
             places.extend(std::iter::repeat_n(None, rows - n));
             group_sizes.push(rows);
         }

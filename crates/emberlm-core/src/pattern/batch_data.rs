@@ -132,7 +132,7 @@ impl BatchData {
     }
 
     /// Checks the shapes of all that is given.
-    pub(super) fn check(&self, lengths: &Lengths) -> Result<(), PatternError> {
+    pub(crate) fn check(&self, lengths: &Lengths) -> Result<(), PatternError> {
         let key_length = lengths.key_length;
         rows("document ids", &self.key_documents, lengths, key_length)?;
         rows(

@@ -84,6 +84,18 @@ pub enum PatternError {
         /// Positions that the queries and keys reach.
         length: usize,
     },
+    /// A dilation as long as the sequence.
+    #[error(
+        "{field} {dilation} leaves a query no key but its own: the sequence has {length} positions"
+    )]
+    DilationBeyond {
+        /// The field's name.
+        field: &'static str,
+        /// Distance of neighbouring keys.
+        dilation: usize,
+        /// Positions of the sequence.
+        length: usize,
+    },
     /// The pattern needs batch data that was not given.
     #[error("the pattern {pattern} needs {data}, which the batch data lack")]
     MissingData {

@@ -350,6 +350,45 @@ impl Pattern {
         }
     }
 
+    /// Checks the pattern against the longest sequence that there will be.
+    ///
+    /// # Errors
+    ///
+    /// A global position, or a dilation, that no sequence reaches.
+    ///
+    /// ```
+    /// use emberlm_core::Pattern;
+    ///
+    /// let error = |words: &str| words.parse::<Pattern>().unwrap().check_longest(40).unwrap_err().to_string();
+    /// assert_eq!(error("global:0,40"), "global.positions holds position 40, but the sequence has 40 positions");
+    /// assert!(error("causal & dilated:2:40").starts_with("dilated.dilation 40 leaves a query no key but its own"));
+    /// ```
+    pub fn check_longest(&self, length: usize) -> Result<(), PatternError> {
+        match self {
+            Self::Global(global) | Self::GlobalQueries(global) | Self::GlobalKeys(global) => {
+                match global {
+                    Global::Positions(positions) => batch_data::check_positions(
+                        "global.positions",
+                        positions,
+                        &Lengths::square(length),
+                    ),
+                    Global::First(_) | Global::Last(_) | Global::Batch => Ok(()),
+                }
+            }
+            Self::Dilated(dilated) if dilated.dilation >= length.max(2) => {
+                Err(PatternError::DilationBeyond {
+                    field: "dilated.dilation",
+                    dilation: dilated.dilation,
+                    length,
+                })
+            }
+            _ => {
+                let (_, parts) = self.combined();
+                parts.iter().try_for_each(|part| part.check_longest(length))
+            }
+        }
+    }
+
     /// The pattern without global positions at `length` or beyond: what it means for a sequence that has not grown so
     /// far, where [`check`](Self::check) would find an error.
     ///

@@ -5,6 +5,9 @@ use burn::{
     tensor::{DType, Tensor, activation},
 };
 
+/// No less than this is under a root: the smallest positive number of f32 that has all its bits.
+const SMALLEST: f64 = f32::MIN_POSITIVE as f64;
+
 /// The score of an expert.
 #[derive(Config, Debug, Copy, PartialEq, Eq)]
 pub enum Scoring {
@@ -26,7 +29,8 @@ impl Scoring {
             // Burn's sigmoid may go through f32 whatever it is given.
             Self::Sigmoid if logits.dtype() == DType::F64 => ((logits * 0.5).tanh() + 1.0) * 0.5,
             Self::Sigmoid => activation::sigmoid(logits),
-            Self::SqrtSoftplus => softplus(logits).sqrt(),
+            // Below the smallest number the root's gradient would be infinite times zero.
+            Self::SqrtSoftplus => softplus(logits).clamp_min(SMALLEST).sqrt(),
         }
     }
 }
