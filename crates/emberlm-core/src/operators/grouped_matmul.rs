@@ -320,6 +320,11 @@ impl Operator for Grouped {
             let weight_view = pass.input(1 + i);
             if pass.wanted[0] {
                 let weight = Matrix::of_view(&weight_view);
+                // A sum that begins with the first product; one over no columns is zero.
+                let store = match d_x {
+                    None if width > 0 => Store::Replace,
+                    _ => Store::Add,
+                };
                 let d_x = d_x.get_or_insert_with(|| zeros(self.n_rows() * d_input));
                 let to = Shared::new(d_x);
                 for_each_product(groups.len(), |nth, threads| {
@@ -328,13 +333,19 @@ impl Operator for Grouped {
                     let to = unsafe { group.part(&to, d_input) };
                     let weight = weight.rows(group.index * d_input, d_input);
                     let d_output = group.rows(&d_output, width);
-                    product_on(threads, &d_output, &weight.transposed(), to, Store::Add);
+                    product_on(threads, &d_output, &weight.transposed(), to, store);
                 });
             }
             gradients[1 + i] = pass.if_wanted(1 + i, || {
                 let size = d_input * width;
-                let mut d_weight = zeros(n_groups * size);
-                let to = Shared::new(&mut d_weight);
+                let mut d_weight = Buffer::new(n_groups * size);
+                let to = d_weight.shared();
+                for (index, n) in self.group_sizes.iter().enumerate() {
+                    if *n == 0 {
+                        // Safety: no group with rows has this matrix.
+                        unsafe { to.part(index * size, size) }.fill(E::Real::default());
+                    }
+                }
                 for_each_product(groups.len(), |nth, threads| {
                     let group = &groups[nth];
                     // Safety: each group has a matrix of its own.
@@ -343,7 +354,8 @@ impl Operator for Grouped {
                     let d_output = group.rows(&d_output, width);
                     product_on(threads, &x.transposed(), &d_output, to, Store::Replace);
                 });
-                Array::from_reals(d_weight, weight_view.shape())
+                // Safety: every group is in one of the two.
+                Array::from_reals(unsafe { d_weight.finish() }, weight_view.shape())
             });
             if let Some(bias) = self.bias(i) {
                 gradients[bias] = pass.if_wanted(bias, || {
