@@ -29,9 +29,11 @@ mod say;
 mod sentences;
 mod shipped;
 mod sliding;
+mod specialisation;
 mod stop;
 mod stream;
 mod table;
+mod token_classes;
 mod training_run;
 mod translation_config;
 mod translator;
@@ -68,8 +70,10 @@ pub use say::{complain, say};
 pub use sentences::{BEGIN, END, NoSpecialToken, Sentences};
 pub use shipped::shipped;
 pub use sliding::{Score, SlidingConfig, SlidingError, score};
+pub use specialisation::{ExpertClasses, Information};
 pub use stop::{Stop, keep_ctrl_c};
 pub use stream::{CacheKind, score_stream};
+pub use token_classes::{ClassError, ClassifiedText, by_character, by_part_of_speech};
 pub use training_run::{
     Course, Watched, announce_resume, check_writable, evaluate_unless_stopped, final_figures,
     from_checkpoint, open_folder, prepare, say_figures, train,

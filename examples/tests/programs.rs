@@ -392,3 +392,66 @@ fn a_pattern_is_shown() {
         assert_eq!(dark, n * (n + 1) / 2 * pixels_a_pair, "{seq}");
     }
 }
+
+#[test]
+fn experts_are_shown() {
+    let place = Place::new();
+    place.write(
+        common::CONFIG,
+        r#"{"training": {"batch_size": 4, "seq_length": 16, "validation_windows": 2}}"#,
+    );
+    place.pretrain("run", &["--preset", "moe-tiny", "--steps", "3"]);
+    let run = ["--run", "run"];
+    let ended = place.succeeds(
+        "experts",
+        &[
+            &run[..],
+            &["--text", TEXT, "--tokens", "400", "--report", "r.json"],
+        ]
+        .concat(),
+    );
+    for layer in 0..4 {
+        let line = format!("\nlayer {layer}: the expert tells ");
+        assert!(ended.stdout.contains(&line), "{ended:?}");
+    }
+    assert_eq!(ended.stdout.matches("\n  expert ").count(), 4 * 8);
+    assert!(place.path("run/specialisation.png").is_file());
+    let report: Value = serde_json::from_slice(&fs::read(place.path("r.json")).unwrap()).unwrap();
+    let counts: u64 = report[0]["counts"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .flat_map(|of| of.as_array().unwrap())
+        .map(|count| count.as_u64().unwrap())
+        .sum();
+    assert_eq!(counts, 400 * 2, "two choices a token");
+
+    place.write("tagged.txt", "The/at jury/nn said/vbd ./. ".repeat(20));
+    let ended = place.succeeds(
+        "experts",
+        &[&run[..], &["--tagged", "tagged.txt", "--png", "map.png"]].concat(),
+    );
+    assert!(
+        ended.stdout.contains("determiner") || ended.stdout.contains("noun"),
+        "{ended:?}"
+    );
+    assert!(place.path("map.png").is_file());
+
+    place.refuses(
+        "experts",
+        &[&run[..], &["--tagged", TEXT]].concat(),
+        &["has no tag"],
+    );
+    place.refuses(
+        "experts",
+        &[&run[..], &["--text", TEXT, "--tokens", "8"]].concat(),
+        &["has 8 tokens"],
+    );
+    place.write(common::CONFIG, common::SMALL);
+    place.pretrain("dense", &["--steps", "1"]);
+    place.refuses(
+        "experts",
+        &["--run", "dense", "--text", TEXT],
+        &["has no experts"],
+    );
+}

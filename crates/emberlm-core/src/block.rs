@@ -238,10 +238,11 @@ where
         let stream = self.part(stream, &self.feed_forward_norm, &context_out, |x| {
             let context = context.fold(FEED_FORWARD);
             let output = self.feed_forward.forward(x, &context);
-            routing = output.statistics.map(|statistics| LayerRouting {
+            routing = output.routed.map(|routed| LayerRouting {
                 layer: 0,
                 losses: output.losses,
-                statistics,
+                choices: routed.choices,
+                statistics: routed.statistics,
             });
             output.hidden
         });

@@ -9,6 +9,7 @@ mod activation;
 mod batch;
 mod block;
 mod cache;
+mod choices;
 mod context;
 mod dropout;
 mod error;
@@ -32,6 +33,7 @@ pub use activation::Activation;
 pub use batch::{IGNORED_TARGET, Source, StepSoFar, TokenBatch};
 pub use block::{CrossInput, NormPlacement, ResidualBlock, ResidualBlockConfig, ResidualStream};
 pub use cache::{CachePositions, DecodingCache, KvCache, RingError, select_rows};
+pub use choices::{Choice, Choices};
 pub use context::Context;
 pub use dropout::dropout;
 pub use error::{InvalidConfig, assert_valid};
@@ -59,7 +61,7 @@ pub use positions::{
 };
 pub use random::RandomKey;
 pub use routing::{
-    AuxiliaryKind, AuxiliaryLoss, FeedForwardOutput, LayerLoss, LayerRouting, OverLayers,
+    AuxiliaryKind, AuxiliaryLoss, FeedForwardOutput, LayerLoss, LayerRouting, OverLayers, Routed,
     RoutingStatistics,
 };
 pub use schedule::{BlockRows, BlockSizes, Layout, MaskTable, Part, Schedule, Span, Statistics};

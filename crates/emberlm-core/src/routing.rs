@@ -1,6 +1,10 @@
 //! What a feed-forward layer gives: its output, and what routing of tokens gives besides.
 
+use std::sync::Arc;
+
 use burn::tensor::Tensor;
+
+use crate::Choices;
 
 /// What a feed-forward layer gives. A dense layer gives its output alone, by `.into()`.
 #[derive(Debug, Clone)]
@@ -10,7 +14,23 @@ pub struct FeedForwardOutput {
     /// Losses besides that of the model, unweighted: the trainer weighs them.
     pub losses: Vec<AuxiliaryLoss>,
     /// Where the tokens went, of a layer that routes them.
-    pub statistics: Option<RoutingStatistics>,
+    pub routed: Option<Routed>,
+}
+
+impl FeedForwardOutput {
+    /// Where the tokens went in numbers, of a layer that routes them.
+    pub fn statistics(&self) -> Option<&RoutingStatistics> {
+        self.routed.as_ref().map(|routed| &routed.statistics)
+    }
+}
+
+/// Where the tokens of a layer went.
+#[derive(Debug, Clone)]
+pub struct Routed {
+    /// Token by token, before any were dropped.
+    pub choices: Arc<Choices>,
+    /// In numbers.
+    pub statistics: RoutingStatistics,
 }
 
 impl From<Tensor<3>> for FeedForwardOutput {
@@ -18,7 +38,7 @@ impl From<Tensor<3>> for FeedForwardOutput {
         Self {
             hidden,
             losses: Vec::new(),
-            statistics: None,
+            routed: None,
         }
     }
 }
@@ -30,7 +50,9 @@ pub struct LayerRouting {
     pub layer: usize,
     /// Its losses, unweighted.
     pub losses: Vec<AuxiliaryLoss>,
-    /// Where its tokens went.
+    /// Where its tokens went, token by token, before any were dropped.
+    pub choices: Arc<Choices>,
+    /// Where its tokens went, in numbers.
     pub statistics: RoutingStatistics,
 }
 

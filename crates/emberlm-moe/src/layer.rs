@@ -1,5 +1,7 @@
 //! The layer: a router, experts, and what a residual block asks of a feed-forward layer.
 
+use std::sync::Arc;
+
 use burn::{
     config::Config,
     module::Module,
@@ -8,7 +10,7 @@ use burn::{
 };
 use emberlm_core::{
     Activation, AuxiliaryLoss, Context, DenseLayer, FeedForward, FeedForwardConfig,
-    FeedForwardOutput, InvalidConfig, RoutingStatistics, assert_valid, operators::linear,
+    FeedForwardOutput, InvalidConfig, Routed, RoutingStatistics, assert_valid, operators::linear,
 };
 
 use crate::{
@@ -221,7 +223,7 @@ const SHARED: u64 = 2;
 /// let output = layer.forward(Tensor::ones([1, 5, 16], &device), &context);
 /// assert_eq!(output.hidden.dims(), [1, 5, 16]);
 /// assert_eq!(output.losses.len(), 1);
-/// assert_eq!(output.statistics.unwrap().n_choices(), 10);
+/// assert_eq!(output.statistics().unwrap().n_choices(), 10);
 /// ```
 #[derive(Module, Debug)]
 pub struct MixtureOfExperts {
@@ -329,7 +331,10 @@ impl MixtureOfExperts {
         FeedForwardOutput {
             hidden,
             losses: self.losses(&routing, seq_length, context),
-            statistics: Some(routing.statistics),
+            routed: Some(Routed {
+                choices: Arc::new(routing.choices),
+                statistics: routing.statistics,
+            }),
         }
     }
 

@@ -14,7 +14,6 @@
 
 mod balance;
 mod capacity;
-mod choices;
 mod dispatch;
 mod experts;
 mod layer;
@@ -24,8 +23,8 @@ mod upcycle;
 
 pub use balance::{BalanceLoss, Counting, importance_loss, load_loss, z_loss};
 pub use capacity::{Capacity, CapacityScope, CapacitySize, DropPriority, Renormalisation};
-pub use choices::{Choice, Choices};
 pub use dispatch::Dispatch;
+pub use emberlm_core::{Choice, Choices};
 pub use experts::{Experts, ExpertsConfig, GroupedLinear};
 pub use layer::{
     BiasUpdate, MixtureOfExperts, MixtureOfExpertsConfig, SharedExpert, SharedExpertConfig,

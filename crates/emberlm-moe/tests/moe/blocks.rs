@@ -92,7 +92,7 @@ fn check_block(file: &str, config: MixtureOfExpertsConfig) {
         let output = layer.forward(x.clone(), &context);
         check(&fixture, "out.hidden", &output.hidden, tolerance);
         assert!(output.losses.is_empty());
-        let statistics = output.statistics.unwrap();
+        let statistics = output.statistics().unwrap().clone();
         assert_eq!(statistics.load, routing.choices.load());
         if config.capacity.is_some() {
             let kept: i64 = fixture.data("extra.dispatch").iter::<i64>().sum();

@@ -440,8 +440,8 @@ fn a_large_capacity_drops_nothing() {
                 let bounded = config.clone().with_capacity(Some(capacity));
                 let bounded = random_layer(&bounded, &device);
                 let output = bounded.forward(x.clone(), &training(sequences(7)));
-                assert_close(output.hidden, dropless.hidden.clone(), TOLERANCE);
-                assert_eq!(output.statistics, dropless.statistics);
+                assert_close(output.hidden.clone(), dropless.hidden.clone(), TOLERANCE);
+                assert_eq!(output.statistics(), dropless.statistics());
             }
         }
     }
@@ -467,9 +467,8 @@ fn padded_groups_are_as_groups_of_any_length() {
                     let moe = random_layer(&config.with_capacity(Some(capacity)), &device);
                     let x = random([2, 7, D_MODEL], 2, DType::F64, &device).require_grad();
                     let output = moe.forward(x.clone(), &training(sequences(7)));
-                    let FeedForwardOutput {
-                        hidden, statistics, ..
-                    } = output;
+                    let statistics = output.statistics().cloned();
+                    let hidden = output.hidden;
                     let gradients = gradients(&moe, &x, hidden.clone());
                     (hidden.into_data(), statistics, gradients)
                 };
@@ -504,7 +503,7 @@ fn capacity_follows_its_schedule() {
     let x = random([2, 10, D_MODEL], 2, DType::F64, &device);
     let dropped = |context: Context| {
         let output = moe.forward(x.clone(), &context);
-        output.statistics.unwrap().n_dropped
+        output.statistics().unwrap().n_dropped
     };
     let at = |step| {
         let so_far = StepSoFar {
@@ -565,7 +564,7 @@ fn an_empty_batch_is_no_matter() {
                         let x = Tensor::zeros(dims, (&device, DType::F64));
                         let output = moe.forward(x, &context);
                         assert_eq!(output.hidden.dims(), dims);
-                        let statistics = output.statistics.unwrap();
+                        let statistics = output.statistics().unwrap().clone();
                         assert_eq!(statistics.n_tokens, 0);
                         assert_eq!(statistics.load, vec![0; config.router.n_experts]);
                         for loss in output.losses {
@@ -610,7 +609,7 @@ fn padding_goes_nowhere_and_changes_nothing() {
             (
                 numbers(&output.hidden),
                 losses.collect::<Vec<_>>(),
-                output.statistics.unwrap(),
+                output.statistics().unwrap().clone(),
             )
         };
         for is_training in [false, true] {
@@ -660,7 +659,7 @@ fn padding_may_be_routed() {
     let moe = random_layer(&config, &device);
     let (x, context) = padded(0.3, &device);
     let output = moe.forward(x.clone(), &context);
-    assert_eq!(output.statistics.unwrap().n_tokens, 10);
+    assert_eq!(output.statistics().unwrap().n_tokens, 10);
     assert_close(
         output.hidden,
         moe.forward(x, &sequences(5)).hidden,
@@ -681,7 +680,7 @@ fn what_is_no_number_stays_where_it_is() {
         let nan = Tensor::full([1, 1, 1], f64::NAN, (&device, DType::F64));
         let x = x.slice_assign([1..2, 2..3, 4..5], nan);
         let output = moe.forward(x, &context);
-        let statistics = output.statistics.unwrap();
+        let statistics = output.statistics().unwrap().clone();
         assert_eq!(statistics.n_not_finite, u64::from(!is_hash));
         let hidden = numbers(&output.hidden);
         for (token, hidden) in hidden.chunks(D_MODEL).enumerate() {
@@ -743,8 +742,8 @@ fn the_place_of_the_experts_does_not_show() {
     let context = sequences(30);
     let expected = moe.forward(x.clone(), &context);
     let check = |output: FeedForwardOutput| {
-        assert_close(output.hidden, expected.hidden.clone(), TOLERANCE);
-        assert_eq!(output.statistics, expected.statistics);
+        assert_close(output.hidden.clone(), expected.hidden.clone(), TOLERANCE);
+        assert_eq!(output.statistics(), expected.statistics());
     };
     for implementation in [
         Implementation::Reference,
@@ -803,8 +802,9 @@ fn routers_compute_in_single_precision_at_least() {
                 parameters[name].clone().convert_dtype(DType::F32)
             });
             let expected = rounded.forward(x.cast(DType::F32), &context);
-            assert_close(output.hidden.cast(DType::F32), expected.hidden, tolerance);
-            assert_eq!(output.statistics, expected.statistics);
+            let hidden = output.hidden.clone().cast(DType::F32);
+            assert_close(hidden, expected.hidden.clone(), tolerance);
+            assert_eq!(output.statistics(), expected.statistics());
             for (ours, theirs) in output.losses.iter().zip(&expected.losses) {
                 assert_eq!(ours.loss.value().dtype(), DType::F32);
                 assert_close(ours.loss.value(), theirs.loss.value(), 1e-6);

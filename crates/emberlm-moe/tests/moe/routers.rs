@@ -268,12 +268,12 @@ fn weights_left(
     let n_chosen = routing.choices.all().len() as u64;
     let x = logits.unsqueeze_dim(0);
     let output = layer.forward_routed(x, routing, &sequences(N_TOKENS), &Local);
-    let weights: Tensor<2> = output.hidden.squeeze_dim(0);
+    let weights: Tensor<2> = output.hidden.clone().squeeze_dim(0);
     let n_left = numbers(&weights)
         .iter()
         .filter(|weight| **weight > 0.0)
         .count() as u64;
-    assert_eq!(output.statistics.unwrap().n_dropped, n_chosen - n_left);
+    assert_eq!(output.statistics().unwrap().n_dropped, n_chosen - n_left);
     weights
 }
 
