@@ -5,9 +5,6 @@ use burn::{
     tensor::{DType, Tensor, activation},
 };
 
-/// No less than this is under a root: the smallest positive number of f32 that has all its bits.
-const SMALLEST: f64 = f32::MIN_POSITIVE as f64;
-
 /// The score of an expert.
 #[derive(Config, Debug, Copy, PartialEq, Eq)]
 pub enum Scoring {
@@ -29,8 +26,14 @@ impl Scoring {
             // Burn's sigmoid may go through f32 whatever it is given.
             Self::Sigmoid if logits.dtype() == DType::F64 => ((logits * 0.5).tanh() + 1.0) * 0.5,
             Self::Sigmoid => activation::sigmoid(logits),
-            // Below the smallest number the root's gradient would be infinite times zero.
-            Self::SqrtSoftplus => softplus(logits).clamp_min(SMALLEST).sqrt(),
+            Self::SqrtSoftplus => {
+                // Below the smallest number the root's gradient would be infinite times zero.
+                let smallest = match logits.dtype() {
+                    DType::F64 => f64::MIN_POSITIVE,
+                    _ => f64::from(f32::MIN_POSITIVE),
+                };
+                softplus(logits).clamp_min(smallest).sqrt()
+            }
         }
     }
 }

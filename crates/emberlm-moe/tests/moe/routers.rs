@@ -591,6 +591,23 @@ fn scores_have_their_gradients() {
     }
 }
 
+#[test]
+fn a_score_of_almost_nothing_has_a_gradient() {
+    let device = device().autodiff();
+    let logits = Tensor::<2>::from_floats([[-200.0, -90.0, 0.0]], &device).require_grad();
+    let gradients = Scoring::SqrtSoftplus
+        .forward(logits.clone())
+        .sum()
+        .backward();
+    let gradient = logits.grad(&gradients).expect("it took part");
+    let gradient: Vec<f32> = gradient.into_data().iter::<f32>().collect();
+    assert_eq!(gradient[0], 0.0);
+    assert!(
+        gradient.iter().all(|slope| slope.is_finite()) && gradient[2] > 0.2,
+        "{gradient:?}"
+    );
+}
+
 /// Weights of every kind, in every method, by the choices and the scores.
 #[test]
 fn weights_are_their_formulas() {
