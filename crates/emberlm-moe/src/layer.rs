@@ -6,7 +6,7 @@ use burn::{
     config::Config,
     module::Module,
     nn::{Linear, LinearConfig},
-    tensor::{DType, Device, Tensor, activation},
+    tensor::{DType, Device, Tensor},
 };
 use emberlm_core::{
     Activation, AuxiliaryLoss, Context, DenseLayer, FeedForward, FeedForwardConfig,
@@ -16,7 +16,7 @@ use emberlm_core::{
 use crate::{
     BalanceLoss, Capacity, CapacityScope, Chance, Choice, Choices, Counting, Dispatch,
     DropPriority, Experts, ExpertsConfig, Gates, Local, Placement, Renormalisation, Router,
-    RouterConfig, RouterInput, Routing, importance_loss, load_loss, z_loss,
+    RouterConfig, RouterInput, Routing, importance_loss, load_loss, router::sigmoid, z_loss,
 };
 
 /// Experts that every token goes to, as one feed-forward layer.
@@ -192,7 +192,7 @@ impl SharedExpert {
     fn forward(&self, x: Tensor<3>, context: &Context) -> Tensor<3> {
         let y = self.layer.forward(x.clone(), context).hidden;
         match &self.gate {
-            Some(gate) => y * activation::sigmoid(linear(x, gate.weight.val(), None)),
+            Some(gate) => y * sigmoid(linear(x, gate.weight.val(), None)),
             None => y,
         }
     }

@@ -20,6 +20,7 @@ use crate::{Choice, Choices};
 pub use groups::{GroupScore, Groups};
 pub use noisy::Noise;
 pub use scoring::Scoring;
+pub(crate) use scoring::sigmoid;
 use select::Scores;
 
 /// How tokens and experts find each other.

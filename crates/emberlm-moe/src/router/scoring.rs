@@ -23,9 +23,7 @@ impl Scoring {
     pub fn forward(&self, logits: Tensor<2>) -> Tensor<2> {
         match self {
             Self::Softmax => activation::softmax(logits, 1),
-            // Burn's sigmoid may go through f32 whatever it is given.
-            Self::Sigmoid if logits.dtype() == DType::F64 => ((logits * 0.5).tanh() + 1.0) * 0.5,
-            Self::Sigmoid => activation::sigmoid(logits),
+            Self::Sigmoid => sigmoid(logits),
             Self::SqrtSoftplus => {
                 // Below the smallest number the root's gradient would be infinite times zero.
                 let smallest = match logits.dtype() {
@@ -35,6 +33,14 @@ impl Scoring {
                 softplus(logits).clamp_min(smallest).sqrt()
             }
         }
+    }
+}
+
+/// `1 / (1 + exp(-x))`. Burn's own may go through f32 whatever it is given.
+pub(crate) fn sigmoid<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    match x.dtype() {
+        DType::F64 => ((x * 0.5).tanh() + 1.0) * 0.5,
+        _ => activation::sigmoid(x),
     }
 }
 
