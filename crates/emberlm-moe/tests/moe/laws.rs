@@ -2,29 +2,28 @@
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use emberlm_core::{
-    Activation, BatchData, Context, DenseLayer, FeedForward, FeedForwardConfig, FeedForwardOutput,
-    RandomKey, StepSoFar, operators::Implementation,
+    Activation, Context, FeedForward, FeedForwardOutput, RandomKey, operators::Implementation,
 };
 use emberlm_moe::{
     BalanceLoss, Capacity, CapacityScope, CapacitySize, Choice, Choices, Dispatch, DropPriority,
-    Experts, Gates, GroupScore, GroupedLinear, Groups, Method, MixtureOfExperts,
-    MixtureOfExpertsConfig, Placement, RouterConfig, Scoring, SharedExpertConfig, UpcycleError,
+    Experts, GroupScore, GroupedLinear, Groups, LocalBy, Method, MixtureOfExperts,
+    MixtureOfExpertsConfig, Placement, RouterConfig, Scoring, SharedExpertConfig,
 };
 use emberlm_testkit::{
     assert_close, assert_gradients_match, device, laws, load_parameters, random, random_tokens,
-    same_cases, to_f64,
+    same_cases,
 };
 use proptest::{collection::vec, prelude::*};
 
 use crate::common::{experts_of, numbers, sequences};
 
-const D_MODEL: usize = 12;
-const N_EXPERTS: usize = 5;
-const VOCAB_SIZE: usize = 9;
-const TOLERANCE: f64 = 1e-12;
+pub(crate) const D_MODEL: usize = 12;
+pub(crate) const N_EXPERTS: usize = 5;
+pub(crate) const VOCAB_SIZE: usize = 9;
+pub(crate) const TOLERANCE: f64 = 1e-12;
 
 /// Routers of every kind, whose tokens do not depend on each other.
-fn independent() -> Vec<RouterConfig> {
+pub(crate) fn independent() -> Vec<RouterConfig> {
     let top_k = |k| RouterConfig::mixtral(D_MODEL, N_EXPERTS, k);
     let six = RouterConfig::deepseek_v3(D_MODEL, 6, 2, 2.5);
     vec![
@@ -40,7 +39,7 @@ fn independent() -> Vec<RouterConfig> {
     ]
 }
 
-fn all_routers() -> Vec<RouterConfig> {
+pub(crate) fn all_routers() -> Vec<RouterConfig> {
     let others = [
         RouterConfig::sinkhorn(D_MODEL, N_EXPERTS, 2),
         RouterConfig::sinkhorn(D_MODEL, N_EXPERTS, 1),
@@ -49,11 +48,11 @@ fn all_routers() -> Vec<RouterConfig> {
     independent().into_iter().chain(others).collect()
 }
 
-fn layer(router: RouterConfig) -> MixtureOfExpertsConfig {
+pub(crate) fn layer(router: RouterConfig) -> MixtureOfExpertsConfig {
     MixtureOfExpertsConfig::new(router, 7)
 }
 
-fn training(context: Context) -> Context {
+pub(crate) fn training(context: Context) -> Context {
     context.with_dropout_key(Some(RandomKey::new(3)))
 }
 
@@ -91,11 +90,11 @@ fn made(
 }
 
 /// A random layer in f64.
-fn random_layer(config: &MixtureOfExpertsConfig, device: &Device) -> MixtureOfExperts {
+pub(crate) fn random_layer(config: &MixtureOfExpertsConfig, device: &Device) -> MixtureOfExperts {
     made(config, 1, DType::F64, device)
 }
 
-fn with_tokens(context: Context, [batch_size, seq_length]: [usize; 2]) -> Context {
+pub(crate) fn with_tokens(context: Context, [batch_size, seq_length]: [usize; 2]) -> Context {
     let tokens = random_tokens([batch_size, seq_length], VOCAB_SIZE, 5, &device());
     context.with_tokens(Some(tokens))
 }
@@ -139,7 +138,7 @@ fn by_formula(layer: &MixtureOfExperts, x: &Tensor<3>, context: &Context) -> Ten
 }
 
 /// The gradients of the input and the router, of an output that is weighted.
-fn gradients(layer: &MixtureOfExperts, x: &Tensor<3>, y: Tensor<3>) -> Vec<TensorData> {
+pub(crate) fn gradients(layer: &MixtureOfExperts, x: &Tensor<3>, y: Tensor<3>) -> Vec<TensorData> {
     let weights = random(y.dims(), 77, DType::F64, &y.device());
     let gradients = (y * weights).sum().backward();
     let by_name = emberlm_testkit::gradients_by_name(layer, &gradients);
@@ -416,110 +415,13 @@ fn the_causal_law_catches_the_largest_probabilities() {
 }
 
 /// Without jitter, chance or noise, so that training is evaluation.
-fn without_chance() -> [RouterConfig; 4] {
+pub(crate) fn without_chance() -> [RouterConfig; 4] {
     [
         RouterConfig::mixtral(D_MODEL, N_EXPERTS, 2),
         RouterConfig::switch(D_MODEL, N_EXPERTS).with_jitter(0.0),
         RouterConfig::deepseek_v3(D_MODEL, N_EXPERTS, 3, 2.5),
         RouterConfig::expert_choice(D_MODEL, N_EXPERTS, 2.0),
     ]
-}
-
-#[test]
-fn a_large_capacity_drops_nothing() {
-    let device = device();
-    let x = random([2, 7, D_MODEL], 2, DType::F64, &device);
-    for router in without_chance() {
-        let config = layer(router);
-        let dropless = random_layer(&config, &device).forward(x.clone(), &sequences(7));
-        for scope in [CapacityScope::Batch, CapacityScope::Sequence] {
-            for padded in [false, true] {
-                let capacity = Capacity::new(CapacitySize::Factor(1000.0))
-                    .with_scope(scope)
-                    .with_padded(padded);
-                let bounded = config.clone().with_capacity(Some(capacity));
-                let bounded = random_layer(&bounded, &device);
-                let output = bounded.forward(x.clone(), &training(sequences(7)));
-                assert_close(output.hidden.clone(), dropless.hidden.clone(), TOLERANCE);
-                assert_eq!(output.statistics(), dropless.statistics());
-            }
-        }
-    }
-}
-
-/// Rows that fill up change neither outputs nor gradients, and what is dropped adds nothing.
-#[test]
-fn padded_groups_are_as_groups_of_any_length() {
-    let device = device().autodiff();
-    for router in without_chance() {
-        for scope in [CapacityScope::Batch, CapacityScope::Sequence] {
-            for priority in [
-                DropPriority::Position,
-                DropPriority::FirstChoices,
-                DropPriority::Probability,
-            ] {
-                let of = |padded| {
-                    let capacity = Capacity::new(CapacitySize::Factor(0.6))
-                        .with_scope(scope)
-                        .with_priority(priority)
-                        .with_padded(padded);
-                    let config = layer(router.clone()).with_bias(true);
-                    let moe = random_layer(&config.with_capacity(Some(capacity)), &device);
-                    let x = random([2, 7, D_MODEL], 2, DType::F64, &device).require_grad();
-                    let output = moe.forward(x.clone(), &training(sequences(7)));
-                    let statistics = output.statistics().cloned();
-                    let hidden = output.hidden;
-                    let gradients = gradients(&moe, &x, hidden.clone());
-                    (hidden.into_data(), statistics, gradients)
-                };
-                let (hidden, statistics, gradients) = of(false);
-                let (padded_hidden, padded_statistics, padded_gradients) = of(true);
-                assert!(statistics.as_ref().unwrap().n_dropped > 0);
-                assert_eq!(statistics, padded_statistics);
-                let close = |a: &TensorData, b: &TensorData| {
-                    let difference = emberlm_testkit::largest_difference(a, b);
-                    assert!(difference <= TOLERANCE, "{difference:e}");
-                };
-                close(&padded_hidden, &hidden);
-                for (a, b) in padded_gradients.iter().zip(&gradients) {
-                    close(a, b);
-                }
-            }
-        }
-    }
-}
-
-/// A schedule goes by the steps that the context counts.
-#[test]
-fn capacity_follows_its_schedule() {
-    let device = device();
-    let capacity = Capacity::new(CapacitySize::Schedule {
-        first: 0.2,
-        last: 5.0,
-        steps: 100,
-    });
-    let config = layer(RouterConfig::mixtral(D_MODEL, N_EXPERTS, 2)).with_capacity(Some(capacity));
-    let moe = random_layer(&config, &device);
-    let x = random([2, 10, D_MODEL], 2, DType::F64, &device);
-    let dropped = |context: Context| {
-        let output = moe.forward(x.clone(), &context);
-        output.statistics().unwrap().n_dropped
-    };
-    let at = |step| {
-        let so_far = StepSoFar {
-            step,
-            ..StepSoFar::default()
-        };
-        dropped(training(sequences(10)).with_so_far(so_far))
-    };
-    let [early, later, end] = [0, 20, 100].map(at);
-    assert!(
-        early > later && later > end && end == 0,
-        "{early} {later} {end}"
-    );
-    // Two of 40 choices an expert.
-    assert_eq!(early, 40 - 2 * N_EXPERTS as u64);
-    assert_eq!(dropped(sequences(10)), 0);
 }
 
 #[test]
@@ -540,7 +442,7 @@ fn more_experts_than_tokens() {
     }
 }
 
-fn with_all_losses(config: MixtureOfExpertsConfig) -> MixtureOfExpertsConfig {
+pub(crate) fn with_all_losses(config: MixtureOfExpertsConfig) -> MixtureOfExpertsConfig {
     config
         .with_balance(Some(BalanceLoss::Switch))
         .with_z_loss(true)
@@ -578,95 +480,6 @@ fn an_empty_batch_is_no_matter() {
     }
 }
 
-/// Two sequences, of which the second begins with two tokens of padding; those hold `value`.
-fn padded(value: f64, device: &Device) -> (Tensor<3>, Context) {
-    let hidden = vec![vec![false; 5], vec![true, true, false, false, false]];
-    let context = sequences(5).with_data(2, BatchData::new().with_hidden_keys(hidden));
-    let x = random([2, 5, D_MODEL], 2, DType::F64, device);
-    let there = Tensor::full([1, 2, D_MODEL], value, (device, DType::F64));
-    let x = x.slice_assign([1..2, 0..2, 0..D_MODEL], there);
-    (x, with_tokens(context, [2, 5]))
-}
-
-#[test]
-fn padding_goes_nowhere_and_changes_nothing() {
-    let device = device();
-    for router in all_routers() {
-        let config = with_all_losses(layer(router.clone()));
-        let moe = random_layer(&config, &device);
-        let of = |value, is_training: bool| {
-            let (x, context) = padded(value, &device);
-            let context = if is_training {
-                training(context)
-            } else {
-                context
-            };
-            let output = moe.forward(x, &context);
-            let losses = output
-                .losses
-                .iter()
-                .map(|loss| loss.loss.value().into_scalar::<f64>());
-            (
-                numbers(&output.hidden),
-                losses.collect::<Vec<_>>(),
-                output.statistics().unwrap().clone(),
-            )
-        };
-        for is_training in [false, true] {
-            let (hidden, losses, statistics) = of(0.3, is_training);
-            let of_padding = &hidden[5 * D_MODEL..7 * D_MODEL];
-            assert!(of_padding.iter().all(|value| *value == 0.0), "{router:?}");
-            assert_eq!(statistics.n_tokens, 8);
-            assert!(losses.iter().all(|loss| loss.is_finite()));
-            assert_eq!(
-                of(-2.0, is_training),
-                (hidden, losses, statistics),
-                "{router:?}"
-            );
-        }
-        // Where there is nothing else either.
-        let nothing = BatchData::new().with_hidden_keys(vec![vec![true; 5]; 2]);
-        let (x, context) = padded(1.0, &device);
-        let output = moe.forward(x, &training(context.with_data(2, nothing)));
-        assert!(numbers(&output.hidden).iter().all(|value| *value == 0.0));
-        let sums = output
-            .losses
-            .iter()
-            .map(|loss| loss.loss.value().into_scalar::<f64>());
-        assert_eq!(sums.sum::<f64>(), 0.0, "{router:?}");
-    }
-}
-
-/// What is left without the padding is what there is beside it.
-#[test]
-fn padding_is_as_nothing() {
-    let device = device();
-    for router in independent() {
-        let moe = random_layer(&layer(router.clone()), &device);
-        let (x, context) = padded(0.3, &device);
-        let output = moe.forward(x.clone(), &context);
-        let tokens = context.tokens.unwrap().slice([1..2, 2..5]);
-        let short = sequences(3).with_tokens(Some(tokens));
-        let row = moe.forward(x.slice([1..2, 2..5]), &short);
-        assert_close(output.hidden.slice([1..2, 2..5]), row.hidden, TOLERANCE);
-    }
-}
-
-#[test]
-fn padding_may_be_routed() {
-    let device = device();
-    let config = layer(RouterConfig::mixtral(D_MODEL, N_EXPERTS, 2)).with_route_padding(true);
-    let moe = random_layer(&config, &device);
-    let (x, context) = padded(0.3, &device);
-    let output = moe.forward(x.clone(), &context);
-    assert_eq!(output.statistics().unwrap().n_tokens, 10);
-    assert_close(
-        output.hidden,
-        moe.forward(x, &sequences(5)).hidden,
-        TOLERANCE,
-    );
-}
-
 #[test]
 fn what_is_no_number_stays_where_it_is() {
     let device = device();
@@ -689,21 +502,6 @@ fn what_is_no_number_stays_where_it_is() {
                 _ => assert_eq!(hidden, &clean[token * D_MODEL..][..D_MODEL]),
             }
         }
-    }
-}
-
-/// Experts computed by another implementation.
-struct By(Implementation);
-
-impl Placement for By {
-    fn run(
-        &self,
-        experts: &Experts,
-        rows: Tensor<2>,
-        group_sizes: &[usize],
-        dropout_key: Option<RandomKey>,
-    ) -> Tensor<2> {
-        experts.forward_by(self.0, rows, group_sizes, dropout_key)
     }
 }
 
@@ -750,7 +548,7 @@ fn the_place_of_the_experts_does_not_show() {
         Implementation::Portable,
         Implementation::Native,
     ] {
-        check(moe.forward_placed(x.clone(), &context, &By(implementation)));
+        check(moe.forward_placed(x.clone(), &context, &LocalBy(implementation)));
     }
     check(moe.forward_placed(x, &context, &InHalves));
 }
@@ -854,99 +652,4 @@ fn a_routing_is_of_its_tokens() {
     let x = |n| Tensor::ones([1, n, D_MODEL], &device);
     let routing = moe.route(x(3), &sequences(3));
     moe.forward_routed(x(4), routing, &sequences(4), &emberlm_moe::Local);
-}
-
-fn dense(gated: bool, bias: bool, activation: Activation, device: &Device) -> DenseLayer {
-    let config = FeedForwardConfig::new(D_MODEL, 7)
-        .with_bias(bias)
-        .with_activation(activation);
-    to_f64(config.init_dense(gated, device))
-}
-
-#[test]
-fn an_upcycled_layer_is_the_dense_one() {
-    let device = device().autodiff();
-    let x = random([2, 7, D_MODEL], 2, DType::F64, &device);
-    let routers = [
-        RouterConfig::mixtral(D_MODEL, N_EXPERTS, 2),
-        RouterConfig::noisy_top_k(D_MODEL, N_EXPERTS, 3),
-        RouterConfig::gshard(D_MODEL, N_EXPERTS),
-        RouterConfig::deepseek_v3(D_MODEL, N_EXPERTS, 2, 1.0),
-        RouterConfig::hash(D_MODEL, N_EXPERTS, 2, VOCAB_SIZE),
-    ];
-    for router in routers {
-        for (gated, bias, activation) in [
-            (true, false, Activation::Silu),
-            (false, false, Activation::Gelu),
-            (true, true, Activation::GeluTanh),
-            (false, true, Activation::Relu),
-        ] {
-            let dense = dense(gated, bias, activation, &device);
-            let moe = layer(router.clone())
-                .with_gated(gated)
-                .with_bias(bias)
-                .with_activation(activation)
-                .upcycle(&dense)
-                .unwrap();
-            let context = with_tokens(sequences(7), [2, 7]);
-            let output = moe.forward(x.clone(), &context).hidden;
-            let expected = dense.forward(x.clone(), &context).hidden;
-            assert_close(output.clone(), expected, TOLERANCE);
-            // The experts are parameters of their own, of which each has its gradient.
-            let gradients = output.sum().backward();
-            let gradients = emberlm_testkit::gradients_by_name(&moe, &gradients);
-            assert!(gradients.contains_key("experts.down.weight"));
-        }
-    }
-}
-
-#[test]
-fn not_every_layer_can_be_upcycled() {
-    let device = device();
-    let silu = |gated, bias| dense(gated, bias, Activation::Silu, &device);
-    let mixtral = || RouterConfig::mixtral(D_MODEL, N_EXPERTS, 2);
-    let config = || layer(mixtral());
-    let refused = |config: MixtureOfExpertsConfig, dense: &DenseLayer| {
-        config.upcycle(dense).expect_err("it is refused")
-    };
-    let gated = silu(true, false);
-    assert!(config().upcycle(&gated).is_ok());
-
-    assert_eq!(refused(config(), &silu(false, false)), UpcycleError::Gate);
-    assert_eq!(
-        refused(config().with_gated(false), &gated),
-        UpcycleError::Gate
-    );
-    assert_eq!(refused(config(), &silu(true, true)), UpcycleError::Bias);
-    assert_eq!(
-        refused(config().with_bias(true), &gated),
-        UpcycleError::Bias
-    );
-    assert_eq!(
-        refused(MixtureOfExpertsConfig::new(mixtral(), 8), &gated),
-        UpcycleError::Sizes {
-            dense: [D_MODEL, 7],
-            experts: [D_MODEL, 8],
-        }
-    );
-    assert_eq!(
-        refused(config().with_activation(Activation::Gelu), &gated),
-        UpcycleError::Activation {
-            dense: Activation::Silu,
-            experts: Activation::Gelu,
-        }
-    );
-    let in_evaluation = Capacity::new(CapacitySize::Factor(1.0)).with_in_evaluation(true);
-    let expert_choice = RouterConfig::expert_choice(D_MODEL, N_EXPERTS, 2.0);
-    for config in [
-        layer(mixtral().with_gates(Gates::Scores)),
-        layer(mixtral().with_scale(2.5)),
-        layer(expert_choice.with_gates(Gates::Renormalised)),
-        config().with_shared(Some(SharedExpertConfig::new(3))),
-        config().with_capacity(Some(in_evaluation)),
-    ] {
-        let error = refused(config, &gated);
-        assert_eq!(error, UpcycleError::Weights);
-        assert!(error.to_string().starts_with("router: "));
-    }
 }

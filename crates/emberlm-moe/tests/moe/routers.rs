@@ -2,24 +2,23 @@
 //! `fixtures/routers/generate.py` made the numbers.
 
 use burn::tensor::{DType, Tensor, TensorData};
-use emberlm_core::{InvalidConfig, RandomKey};
+use emberlm_core::RandomKey;
 use emberlm_moe::{
-    BiasUpdate, Capacity, CapacitySize, Chance, Choice, Draws, DropPriority, Gates, GroupScore,
-    Groups, Local, Method, MixtureOfExpertsConfig, Renormalisation, RouterConfig, RouterInput,
-    Routing, Scoring, SharedExpertConfig,
+    BiasUpdate, Chance, Choice, Draws, Gates, GroupScore, Groups, Method, MixtureOfExpertsConfig,
+    RouterConfig, RouterInput, Routing, Scoring,
 };
 use emberlm_testkit::{Fixture, assert_gradients_match, device, load_parameters, random};
 
 use crate::common::{
     check, check_data, experts_of, layer_that_gives_weights, load, numbers, router_of_logits, rows,
-    sequences, sorted, spread, tensor,
+    sorted, spread, tensor,
 };
 
-const N_TOKENS: usize = 24;
-const N_EXPERTS: usize = 8;
-const TOLERANCE: f64 = 1e-12;
+pub(crate) const N_TOKENS: usize = 24;
+pub(crate) const N_EXPERTS: usize = 8;
+pub(crate) const TOLERANCE: f64 = 1e-12;
 
-fn chance(chance: Chance<'_>) -> RouterInput<'_> {
+pub(crate) fn chance(chance: Chance<'_>) -> RouterInput<'_> {
     RouterInput {
         chance,
         ..RouterInput::default()
@@ -30,7 +29,7 @@ fn training() -> Chance<'static> {
     Chance::Key(RandomKey::new(7))
 }
 
-fn integer(fixture: &Fixture, name: &str) -> usize {
+pub(crate) fn integer(fixture: &Fixture, name: &str) -> usize {
     fixture.data(name).iter::<i64>().next().unwrap() as usize
 }
 
@@ -192,7 +191,7 @@ fn noise_has_its_gradient_at_zero() {
     }
 }
 
-fn gshard_draws(fixture: &Fixture) -> Draws {
+pub(crate) fn gshard_draws(fixture: &Fixture) -> Draws {
     Draws {
         uniform: Some(fixture.data("gshard.uniform").iter::<f64>().collect()),
         ..Draws::default()
@@ -249,95 +248,6 @@ fn chance_is_as_likely_as_the_gate_says() {
             (share - expected).abs() <= limit,
             "{share}, expected {expected}"
         );
-    }
-}
-
-/// The weights that are left when choices are dropped.
-fn weights_left(
-    fixture: &Fixture,
-    router: RouterConfig,
-    capacity: Capacity,
-    input: &RouterInput<'_>,
-) -> Tensor<2> {
-    let device = device();
-    let capacity = capacity.with_in_evaluation(true);
-    let config = MixtureOfExpertsConfig::new(router, 1).with_capacity(Some(capacity));
-    let layer = layer_that_gives_weights(config, &device);
-    let logits: Tensor<2> = fixture.tensor("in.logits", DType::F64, &device);
-    let routing = layer.router.forward(logits.clone(), input);
-    let n_chosen = routing.choices.all().len() as u64;
-    let x = logits.unsqueeze_dim(0);
-    let output = layer.forward_routed(x, routing, &sequences(N_TOKENS), &Local);
-    let weights: Tensor<2> = output.hidden.clone().squeeze_dim(0);
-    let n_left = numbers(&weights)
-        .iter()
-        .filter(|weight| **weight > 0.0)
-        .count() as u64;
-    assert_eq!(output.statistics().unwrap().n_dropped, n_chosen - n_left);
-    weights
-}
-
-#[test]
-fn first_choices_have_places_before_second_ones() {
-    let fixture = load("routers/routers");
-    let n_places = integer(&fixture, "gshard_capacity.n_places");
-    let capacity =
-        Capacity::new(CapacitySize::Tokens(n_places)).with_priority(DropPriority::FirstChoices);
-    let draws = gshard_draws(&fixture);
-    let weights = |capacity| {
-        let router = RouterConfig::gshard(N_EXPERTS, N_EXPERTS);
-        weights_left(&fixture, router, capacity, &chance(Chance::Given(&draws))).to_data()
-    };
-    let of_file = |name: &str| {
-        spread(
-            &fixture.data("gshard.indices"),
-            &fixture.data(name),
-            N_EXPERTS,
-        )
-    };
-    let ours = weights(capacity);
-    check_data(
-        "gshard_mesh",
-        &ours,
-        &of_file("gshard_mesh.weights"),
-        TOLERANCE,
-    );
-    // In the paper what chance refuses takes a place all the same.
-    let paper = emberlm_testkit::largest_difference(&ours, &of_file("gshard_capacity.weights"));
-    assert!(paper > 0.1, "{paper:e}");
-    // In the order of tokens others stay.
-    let by_position = weights(capacity.with_priority(DropPriority::Position));
-    assert!(emberlm_testkit::largest_difference(&by_position, &ours) > 0.1);
-}
-
-#[test]
-fn choices_are_dropped_by_position_or_by_probability() {
-    let fixture = load("routers/routers");
-    let n_places = integer(&fixture, "drop.n_places");
-    for (name, priority) in [
-        ("drop_position", DropPriority::Position),
-        ("drop_probability", DropPriority::Probability),
-    ] {
-        let capacity = Capacity::new(CapacitySize::Tokens(n_places))
-            .with_priority(priority)
-            .with_renormalisation(Renormalisation::AfterDropping);
-        let router = RouterConfig::mixtral(N_EXPERTS, N_EXPERTS, 2);
-        let left =
-            |router, capacity| weights_left(&fixture, router, capacity, &RouterInput::default());
-        let weights = left(router.clone(), capacity);
-        check(&fixture, &format!("{name}.weights"), &weights, TOLERANCE);
-        // The weights of a token sum to one, or there are none.
-        let sums = numbers(&weights.sum_dim(1));
-        assert!(
-            sums.iter()
-                .all(|sum| *sum == 0.0 || (sum - 1.0).abs() < TOLERANCE)
-        );
-
-        // Weights that are renormalised before lack what is dropped.
-        let before = capacity.with_renormalisation(Renormalisation::BeforeDropping);
-        let weights = left(router.clone(), before);
-        let sums = numbers(&weights.sum_dim(1));
-        assert!(sums.iter().any(|sum| *sum > 0.0 && *sum < 0.99));
     }
 }
 
@@ -740,181 +650,4 @@ fn statistics_count() {
         rank: 0,
     };
     assert_eq!(all, [choice(0, 0), choice(1, 1), choice(2, 2)]);
-}
-
-#[test]
-fn capacity_is_counted() {
-    let factor = |factor| Capacity::new(CapacitySize::Factor(factor));
-    assert_eq!(factor(1.0).of_expert(24, 2.0, 8, 0), 6);
-    // Rounded up.
-    assert_eq!(factor(1.25).of_expert(24, 2.0, 8, 0), 8);
-    assert_eq!(factor(1.0).of_expert(3, 1.0, 8, 0), 1);
-    assert_eq!(factor(1.0).with_minimum(4).of_expert(3, 1.0, 8, 0), 4);
-    assert_eq!(
-        Capacity::new(CapacitySize::Tokens(5)).of_expert(1000, 2.0, 8, 0),
-        5
-    );
-    let schedule = Capacity::new(CapacitySize::Schedule {
-        first: 1.0,
-        last: 2.0,
-        steps: 10,
-    });
-    let at = |step| schedule.of_expert(80, 1.0, 8, step);
-    assert_eq!([0, 1, 5, 10, 1000].map(at), [10, 11, 15, 20, 20]);
-}
-
-#[track_caller]
-fn refused(result: Result<(), InvalidConfig>, field: &str) {
-    let words = result.unwrap_err().to_string();
-    assert!(words.starts_with(field), "{words}, not {field}");
-}
-
-#[test]
-fn what_is_refused_is_named() {
-    let nan = f64::NAN;
-    let router = |method| RouterConfig::new(16, 8, method);
-    let top_k = |k| router(Method::TopK { k });
-    let groups = |n_groups, n_chosen, score| {
-        top_k(4).with_groups(Some(Groups::new(n_groups, n_chosen, score)))
-    };
-    let hash = |k, vocab_size| {
-        router(Method::Hash {
-            k,
-            vocab_size,
-            seed: 0,
-        })
-    };
-    for (config, field) in [
-        (RouterConfig::mixtral(0, 8, 2), "d_model"),
-        (RouterConfig::mixtral(16, 0, 2), "n_experts"),
-        (top_k(0), "k "),
-        (top_k(9), "k "),
-        (router(Method::NoisyTopK { k: 9 }), "k "),
-        (router(Method::Sinkhorn { k: 0 }), "k "),
-        (hash(9, 10), "k "),
-        (hash(2, 0), "vocab_size"),
-        (hash(2, 10).with_jitter(0.1), "jitter"),
-        (RouterConfig::gshard(16, 1), "k "),
-        (RouterConfig::expert_choice(16, 8, 0.0), "capacity_factor"),
-        (RouterConfig::expert_choice(16, 8, 8.5), "capacity_factor"),
-        (RouterConfig::expert_choice(16, 8, nan), "capacity_factor"),
-        (router(Method::RandomSecond { threshold: 0.0 }), "threshold"),
-        (router(Method::RandomSecond { threshold: 1.5 }), "threshold"),
-        (router(Method::RandomSecond { threshold: nan }), "threshold"),
-        (top_k(2).with_scale(0.0), "scale"),
-        (top_k(2).with_scale(f64::INFINITY), "scale"),
-        (top_k(2).with_jitter(-0.1), "jitter"),
-        (top_k(2).with_jitter(nan), "jitter"),
-        (groups(0, 1, GroupScore::Maximum), "groups.n_groups"),
-        (groups(3, 1, GroupScore::Maximum), "groups.n_groups"),
-        (groups(2, 0, GroupScore::Maximum), "groups.n_chosen"),
-        (groups(2, 3, GroupScore::Maximum), "groups.n_chosen"),
-        // Two groups of one expert, for four.
-        (groups(8, 2, GroupScore::Maximum), "groups.n_chosen"),
-        // Groups of one expert have no two.
-        (groups(8, 4, GroupScore::BestTwo), "groups.score"),
-        // A fifth of four.
-        (groups(8, 5, GroupScore::ShareOfTopK), "groups.score"),
-        (
-            RouterConfig::gshard(16, 8).with_groups(Some(Groups::new(2, 1, GroupScore::Maximum))),
-            "groups",
-        ),
-        (
-            RouterConfig::noisy_top_k(16, 8, 2).with_correction_bias(true),
-            "correction_bias",
-        ),
-    ] {
-        refused(config.validate(), field);
-        refused(MixtureOfExpertsConfig::new(config, 4).validate(), field);
-    }
-
-    let layer = MixtureOfExpertsConfig::new(top_k(2), 4);
-    let capacity = |size| layer.clone().with_capacity(Some(Capacity::new(size)));
-    let schedule = |first, last| CapacitySize::Schedule {
-        first,
-        last,
-        steps: 10,
-    };
-    let bias_update = |rate| {
-        layer
-            .clone()
-            .with_bias_update(BiasUpdate::new().with_rate(rate))
-    };
-    for (config, field) in [
-        (MixtureOfExpertsConfig::new(top_k(2), 0), "d_ff"),
-        (layer.clone().with_dropout(1.0), "dropout"),
-        (
-            layer.clone().with_shared(Some(SharedExpertConfig::new(0))),
-            "shared.d_ff",
-        ),
-        (capacity(CapacitySize::Tokens(0)), "capacity.size"),
-        (capacity(CapacitySize::Factor(0.0)), "capacity.size"),
-        (capacity(CapacitySize::Factor(nan)), "capacity.size"),
-        (capacity(schedule(1.0, -1.0)), "capacity.size"),
-        (capacity(schedule(f64::INFINITY, 1.0)), "capacity.size"),
-        (bias_update(-1e-3), "bias_update.rate"),
-        (bias_update(nan), "bias_update.rate"),
-    ] {
-        refused(config.validate(), field);
-        refused(config.validate_causal(), field);
-    }
-}
-
-#[test]
-#[should_panic(expected = "k must be at most n_experts, got 9")]
-fn init_panics_with_the_same_words() {
-    RouterConfig::mixtral(16, 8, 9).init(&device());
-}
-
-#[test]
-fn a_decoder_does_not_look_ahead() {
-    let layer = |router| MixtureOfExpertsConfig::new(router, 4);
-    let allowed = |router: RouterConfig| layer(router.with_allow_leak(true));
-    for router in [
-        RouterConfig::expert_choice(16, 8, 2.0),
-        RouterConfig::sinkhorn(16, 8, 2),
-    ] {
-        refused(layer(router.clone()).validate_causal(), "router.method");
-        assert_eq!(layer(router.clone()).validate(), Ok(()));
-        assert_eq!(allowed(router).validate_causal(), Ok(()));
-    }
-    let top_k = |k| RouterConfig::mixtral(16, 8, k);
-    let with_priority = |config: MixtureOfExpertsConfig, priority| {
-        let capacity = Capacity::new(CapacitySize::Factor(1.0)).with_priority(priority);
-        config.with_capacity(Some(capacity))
-    };
-    let first = DropPriority::FirstChoices;
-    for (router, priority) in [
-        (top_k(2), first),
-        (RouterConfig::gshard(16, 8), first),
-        (top_k(1), DropPriority::Probability),
-    ] {
-        let config = with_priority(layer(router.clone()), priority);
-        refused(config.validate_causal(), "capacity.priority");
-        assert_eq!(config.validate(), Ok(()));
-        let config = with_priority(allowed(router), priority);
-        assert_eq!(config.validate_causal(), Ok(()));
-    }
-    for (router, priority) in [
-        (top_k(1), first),
-        (top_k(2), DropPriority::Position),
-        (RouterConfig::hash(16, 8, 2, 10), DropPriority::Position),
-        (RouterConfig::noisy_top_k(16, 8, 2), DropPriority::Position),
-    ] {
-        assert_eq!(
-            with_priority(layer(router), priority).validate_causal(),
-            Ok(())
-        );
-    }
-}
-
-#[test]
-fn configs_are_data() {
-    let config = MixtureOfExpertsConfig::new(RouterConfig::gshard(16, 8), 4)
-        .with_capacity(Some(Capacity::new(CapacitySize::Factor(1.25))));
-    let json = serde_json::to_string(&config).unwrap();
-    let again: MixtureOfExpertsConfig = serde_json::from_str(&json).unwrap();
-    assert_eq!(serde_json::to_string(&again).unwrap(), json);
-    assert_eq!(again.router, config.router);
-    assert_eq!(again.capacity, config.capacity);
 }
