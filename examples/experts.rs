@@ -81,12 +81,12 @@ fn experts(args: &Args) -> Result<(), AnyError> {
         )
         .into());
     }
-    let n_routed = match &run.model {
-        RunModel::Decoder(model) => model.n_routed_layers(),
-        RunModel::Encoder(model) => model.n_routed_layers(),
+    let model: &dyn LossModel = match &run.model {
+        RunModel::Decoder(model) => model,
+        RunModel::Encoder(model) => model,
         RunModel::EncoderDecoder(_) => return Err(run.unfit(&args.run)),
     };
-    if n_routed == 0 {
+    if model.n_routed_layers() == 0 {
         return Err(format!(
             "{} has no experts: take a run of --preset moe-tiny",
             args.run.display()
@@ -95,11 +95,7 @@ fn experts(args: &Args) -> Result<(), AnyError> {
     }
     say(format_args!("device: {device_name}"));
     let stop = Stop::on_signals()?;
-    let layers = match &run.model {
-        RunModel::Decoder(model) => read(model, &tokens, &text, length, &device, &stop)?,
-        RunModel::Encoder(model) => read(model, &tokens, &text, length, &device, &stop)?,
-        RunModel::EncoderDecoder(_) => return Err(run.unfit(&args.run)),
-    };
+    let layers = read(model, &tokens, &text, length, &device, &stop)?;
     let reports: Vec<LayerReport> = (layers.iter())
         .map(|(layer, classes)| {
             let information = classes.information(usize::from(args.shuffles), 0);
@@ -166,8 +162,8 @@ impl Tokens {
 }
 
 /// The choices of all layers that route, over whole sequences of the text.
-fn read<M: LossModel>(
-    model: &M,
+fn read(
+    model: &dyn LossModel,
     tokens: &Tokens,
     text: &ClassifiedText,
     length: usize,

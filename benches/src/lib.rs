@@ -1,11 +1,13 @@
 //! What the programs that measure share: inputs, timing, training steps, what the process uses.
 
+mod implementation;
 mod inputs;
 mod pass;
 mod step;
 mod times;
 mod usage;
 
+pub use implementation::ImplementationChoice;
 pub use inputs::{check_size, uniform};
 pub use pass::Pass;
 pub use step::{random_batch, train_step};

@@ -33,12 +33,7 @@ impl BalanceChoice {
     ///
     /// A model without experts.
     pub fn apply(self, model: &mut ModelConfig) -> Result<(), InvalidConfig> {
-        let experts = match model {
-            ModelConfig::Decoder(config) => &mut config.experts,
-            ModelConfig::Encoder(config) => &mut config.experts,
-            ModelConfig::EncoderDecoder(config) => &mut config.experts,
-        };
-        let Some(ExpertLayers { mixture, .. }) = experts else {
+        let Some(ExpertLayers { mixture, .. }) = model.experts_mut() else {
             return Err(InvalidConfig::Unsupported {
                 field: "experts",
                 reason: "--balance is for models that have some, such as the preset moe-tiny",

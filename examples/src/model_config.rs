@@ -2,7 +2,10 @@
 
 use emberlm::{
     core::{BatchData, InvalidConfig, Lengths, Pattern},
-    models::{DecoderConfig, EncoderConfig, EncoderDecoderConfig, LayerAttention, PositionsConfig},
+    models::{
+        DecoderConfig, EncoderConfig, EncoderDecoderConfig, ExpertLayers, LayerAttention,
+        PositionsConfig,
+    },
 };
 use serde::{
     Deserialize, Deserializer, Serialize,
@@ -79,6 +82,11 @@ impl ModelConfig {
     /// Those of the configuration that it is.
     pub fn validate(&self) -> Result<(), InvalidConfig> {
         of_any!(self, config => config.validate())
+    }
+
+    /// Which blocks have experts.
+    pub(crate) fn experts_mut(&mut self) -> &mut Option<ExpertLayers> {
+        of_any!(self, config => &mut config.experts)
     }
 
     /// What a token sees, in each block; of an encoder-decoder in its encoder.

@@ -272,13 +272,12 @@ pub fn final_figures<N: Trainable>(
     let losses = history.train_losses();
     let last = &losses[losses.len().saturating_sub(TRAIN_LOSS_STEPS)..];
     let train_loss = last.iter().map(|(_, loss)| loss).sum::<f64>() / last.len() as f64;
+    draw_load(&history.steps, &folder.file("experts.png"))?;
     plot::draw_curves(
         &[history],
         &folder.file("curves.svg"),
         &folder.file("curves.png"),
     )?;
-    let records = MetricsLog::read(folder.file(MetricsLog::FILE_NAME))?;
-    draw_load(&records, &folder.file("experts.png"))?;
     Ok(Report {
         train_loss: Some(train_loss),
         valid_loss: Some(valid_loss),

@@ -7,10 +7,10 @@ use std::{sync::Arc, time::Instant};
 use burn::tensor::{DType, Device, Tensor};
 use clap::{Parser, ValueEnum};
 use emberlm::{
-    attention::{AttendOptions, Implementation, attend_by},
+    attention::{AttendOptions, attend_by},
     core::{BatchData, BlockSizes, Lengths, Pattern, Schedule},
 };
-use emberlm_bench::{Pass, check_size, time, uniform};
+use emberlm_bench::{ImplementationChoice, Pass, check_size, time, uniform};
 use emberlm_examples::{choose_device, exit_with};
 use peak_alloc::PeakAlloc;
 use serde::Serialize;
@@ -45,7 +45,7 @@ struct Args {
     dtype: Dtype,
     /// How it is computed [default: what the device does fastest]
     #[arg(long)]
-    implementation: Option<Choice>,
+    implementation: Option<ImplementationChoice>,
     /// Forward and backward pass under autodiff, instead of the forward pass alone
     #[arg(long)]
     backward: bool,
@@ -66,13 +66,6 @@ enum Dtype {
     F32,
     F16,
     Bf16,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum Choice {
-    Reference,
-    Portable,
-    Native,
 }
 
 /// One measurement.
@@ -123,12 +116,7 @@ fn run(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
     let schedule = Arc::new(schedule);
     let statistics = *schedule.statistics();
 
-    let implementation = match args.implementation {
-        None => Implementation::of(&device),
-        Some(Choice::Reference) => Implementation::Reference,
-        Some(Choice::Portable) => Implementation::Portable,
-        Some(Choice::Native) => Implementation::Native,
-    };
+    let implementation = ImplementationChoice::resolve(args.implementation, &device)?;
     let at = if args.backward {
         device.clone().autodiff()
     } else {

@@ -21,9 +21,9 @@ use emberlm::{
             projected_cross_entropy_by, rotate_by,
         },
     },
-    kernels::{is_host, keep_freed_memory},
+    kernels::keep_freed_memory,
 };
-use emberlm_bench::{Pass, Times, check_size, time, uniform};
+use emberlm_bench::{ImplementationChoice, Pass, Times, check_size, time, uniform};
 use emberlm_examples::{choose_device, exit_with};
 use peak_alloc::PeakAlloc;
 use serde::Serialize;
@@ -56,7 +56,7 @@ struct Args {
     dtype: Dtype,
     /// How it is computed [default: what the device does fastest]
     #[arg(long)]
-    implementation: Option<Choice>,
+    implementation: Option<ImplementationChoice>,
     /// Forward and backward pass under autodiff, instead of the forward pass alone
     #[arg(long)]
     backward: bool,
@@ -97,13 +97,6 @@ enum Op {
 enum Dtype {
     F64,
     F32,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum Choice {
-    Reference,
-    Portable,
-    Native,
 }
 
 /// One measurement.
@@ -255,15 +248,7 @@ impl<'a> Bench<'a> {
             check_size(&[a, b])?;
         }
         let (device_name, device) = choose_device(args.device.as_deref())?;
-        let implementation = match args.implementation {
-            None => Implementation::of(&device),
-            Some(Choice::Reference) => Implementation::Reference,
-            Some(Choice::Portable) => Implementation::Portable,
-            Some(Choice::Native) if is_host(&device) => Implementation::Native,
-            Some(Choice::Native) => {
-                return Err(format!("--implementation native: {device_name} is no CPU backend, give portable or reference").into());
-            }
-        };
+        let implementation = ImplementationChoice::resolve(args.implementation, &device)?;
         Ok(Self {
             args,
             vocab,

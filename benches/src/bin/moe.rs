@@ -13,12 +13,9 @@ use emberlm::{
         Activation, Context, FeedForward, FeedForwardConfig, InvalidConfig, Lengths, RandomKey,
         operators::Implementation,
     },
-    moe::{
-        Capacity, CapacitySize, Experts, MixtureOfExperts, MixtureOfExpertsConfig, Placement,
-        RouterConfig,
-    },
+    moe::{Capacity, CapacitySize, LocalBy, MixtureOfExpertsConfig, RouterConfig},
 };
-use emberlm_bench::{Pass, check_size, time, uniform};
+use emberlm_bench::{ImplementationChoice, Pass, check_size, time, uniform};
 use emberlm_examples::{choose_device, exit_with};
 use peak_alloc::PeakAlloc;
 use serde::Serialize;
@@ -52,7 +49,7 @@ struct Args {
     capacity_factor: Option<f64>,
     /// How the experts' products are computed [default: the fastest that the device has]
     #[arg(long)]
-    implementation: Option<ImplementationKind>,
+    implementation: Option<ImplementationChoice>,
     /// The dense gated layer of inner width `top-k x d-ff` instead
     #[arg(long)]
     dense: bool,
@@ -80,23 +77,6 @@ enum RouterKind {
     DeepseekV3,
     ExpertChoice,
     Sinkhorn,
-}
-
-#[derive(Clone, Copy, PartialEq, ValueEnum)]
-enum ImplementationKind {
-    Reference,
-    Portable,
-    Native,
-}
-
-impl From<ImplementationKind> for Implementation {
-    fn from(kind: ImplementationKind) -> Self {
-        match kind {
-            ImplementationKind::Reference => Self::Reference,
-            ImplementationKind::Portable => Self::Portable,
-            ImplementationKind::Native => Self::Native,
-        }
-    }
 }
 
 #[derive(Serialize)]
@@ -136,7 +116,8 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
         true => device.autodiff(),
         false => device,
     };
-    let layer = args.layer(&config, &device)?;
+    let implementation = ImplementationChoice::resolve(args.implementation, &device)?;
+    let layer = args.layer(&config, implementation, &device)?;
     let x = uniform([1, args.tokens, args.d_model], 1, &device, DType::F32);
     let pass = Pass {
         backward: args.backward,
@@ -209,6 +190,7 @@ impl Args {
     fn layer(
         &self,
         config: &MixtureOfExpertsConfig,
+        implementation: Implementation,
         device: &Device,
     ) -> Result<Layer, InvalidConfig> {
         let key = self.backward.then(|| RandomKey::new(0));
@@ -221,28 +203,10 @@ impl Args {
             let layer = dense.init_gated(device);
             return Ok(Box::new(move |x| layer.forward(x, &context).hidden));
         }
-        let layer: MixtureOfExperts = config.init(device);
-        Ok(match self.implementation {
-            None => Box::new(move |x| layer.forward(x, &context).hidden),
-            Some(kind) => {
-                let by = By(kind.into());
-                Box::new(move |x| layer.forward_placed(x, &context, &by).hidden)
-            }
-        })
-    }
-}
-
-/// The experts on the device of the rows, by a given implementation.
-struct By(Implementation);
-
-impl Placement for By {
-    fn run(
-        &self,
-        experts: &Experts,
-        rows: Tensor<2>,
-        group_sizes: &[usize],
-        dropout_key: Option<RandomKey>,
-    ) -> Tensor<2> {
-        experts.forward_by(self.0, rows, group_sizes, dropout_key)
+        let layer = config.init(device);
+        let placement = LocalBy(implementation);
+        Ok(Box::new(move |x| {
+            layer.forward_placed(x, &context, &placement).hidden
+        }))
     }
 }

@@ -52,7 +52,8 @@ impl LongformerAttentionConfig {
     ///
     /// # Errors
     ///
-    /// A zero, heads that do not divide the width, not one dilation a head, dilations of a window without neighbours, global positions that do not rise, or a
+    /// A zero, heads that do not divide the width, not one dilation a head, dilations of a window without neighbours,
+    /// global positions that do not rise, or a
     /// dropout rate outside `[0, 1)`.
     pub fn validate(&self) -> Result<(), InvalidConfig> {
         let Self {

@@ -69,6 +69,11 @@ pub enum AuxiliaryKind {
     Load,
 }
 
+impl AuxiliaryKind {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Balance, Self::RouterZ, Self::Importance, Self::Load];
+}
+
 /// How the losses of several layers become one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OverLayers {

@@ -1,6 +1,6 @@
 //! The layer: a router, experts, and what a residual block asks of a feed-forward layer.
 
-use std::sync::Arc;
+use std::{borrow::Cow, sync::Arc};
 
 use burn::{
     config::Config,
@@ -300,7 +300,7 @@ impl MixtureOfExperts {
     pub fn forward_routed(
         &self,
         x: Tensor<3>,
-        mut routing: Routing,
+        routing: Routing,
         context: &Context,
         placement: &impl Placement,
     ) -> FeedForwardOutput {
@@ -312,7 +312,7 @@ impl MixtureOfExperts {
             "routing: of {n_routed} tokens, there are {n_tokens}"
         );
         let (kept, gates, rows) = self.kept(&routing, seq_length, context);
-        routing.statistics.n_dropped = (routing.choices.all().len() - kept.all().len()) as u64;
+        let n_dropped = (routing.choices.all().len() - kept.all().len()) as u64;
         let hidden = match kept.all().is_empty() {
             true => x.clone().zeros_like(),
             false => {
@@ -333,19 +333,22 @@ impl MixtureOfExperts {
             losses: self.losses(&routing, seq_length, context),
             routed: Some(Routed {
                 choices: Arc::new(routing.choices),
-                statistics: routing.statistics,
+                statistics: RoutingStatistics {
+                    n_dropped,
+                    ..routing.statistics
+                },
             }),
         }
     }
 
     /// The choices that are not dropped, their weights, and how many rows an expert has if all have as many.
-    fn kept(
+    fn kept<'a>(
         &self,
-        routing: &Routing,
+        routing: &'a Routing,
         seq_length: usize,
         context: &Context,
-    ) -> (Choices, Tensor<2>, Option<usize>) {
-        let all = || (routing.choices.clone(), routing.gates.clone(), None);
+    ) -> (Cow<'a, Choices>, Tensor<2>, Option<usize>) {
+        let all = || (Cow::Borrowed(&routing.choices), routing.gates.clone(), None);
         let Some(capacity) = &self.config.capacity else {
             return all();
         };
@@ -397,7 +400,8 @@ impl MixtureOfExperts {
             CapacityScope::Batch => 1,
             CapacityScope::Sequence => routing.choices.n_tokens() / seq_length.max(1),
         };
-        (kept, gates, capacity.padded.then_some(most * n_scopes))
+        let rows = capacity.padded.then_some(most * n_scopes);
+        (Cow::Owned(kept), gates, rows)
     }
 
     fn losses(

@@ -29,7 +29,7 @@ pub use experts::{Experts, ExpertsConfig, GroupedLinear};
 pub use layer::{
     BiasUpdate, MixtureOfExperts, MixtureOfExpertsConfig, SharedExpert, SharedExpertConfig,
 };
-pub use placement::{Local, Placement};
+pub use placement::{Local, LocalBy, Placement};
 pub use router::{
     Chance, Draws, Gates, GroupScore, Groups, Method, Noise, Router, RouterConfig, RouterInput,
     Routing, Scoring,

@@ -1,7 +1,7 @@
 //! Where experts compute.
 
 use burn::tensor::Tensor;
-use emberlm_core::RandomKey;
+use emberlm_core::{RandomKey, operators::Implementation};
 
 use crate::Experts;
 
@@ -34,5 +34,21 @@ impl Placement for Local {
         dropout_key: Option<RandomKey>,
     ) -> Tensor<2> {
         experts.forward(rows, group_sizes, dropout_key)
+    }
+}
+
+/// [`Local`], with the products by a given implementation.
+#[derive(Debug, Clone, Copy)]
+pub struct LocalBy(pub Implementation);
+
+impl Placement for LocalBy {
+    fn run(
+        &self,
+        experts: &Experts,
+        rows: Tensor<2>,
+        group_sizes: &[usize],
+        dropout_key: Option<RandomKey>,
+    ) -> Tensor<2> {
+        experts.forward_by(self.0, rows, group_sizes, dropout_key)
     }
 }

@@ -122,13 +122,6 @@ pub struct LanguageModel<M: Module> {
     auxiliary: AuxiliaryWeights,
 }
 
-const KINDS: [AuxiliaryKind; 4] = [
-    AuxiliaryKind::Balance,
-    AuxiliaryKind::RouterZ,
-    AuxiliaryKind::Importance,
-    AuxiliaryKind::Load,
-];
-
 impl<M: Trainable> LanguageModel<M> {
     /// Trains `model` with label smoothing and a weighted z-loss.
     pub fn new(model: M, label_smoothing: f64, z_loss: f64) -> Self {
@@ -169,7 +162,7 @@ fn counting_targets() -> CrossEntropyConfig {
 fn auxiliary(loss: &ModelLoss) -> Vec<(AuxiliaryKind, Tensor<1>)> {
     let all = || loss.routing.iter().flat_map(|layer| &layer.losses);
     let of_kind = |kind| Some((kind, AuxiliaryLoss::over_layers(all(), kind)?));
-    KINDS.into_iter().filter_map(of_kind).collect()
+    AuxiliaryKind::ALL.into_iter().filter_map(of_kind).collect()
 }
 
 /// The figures, in one read from the device.

@@ -7,7 +7,7 @@ use emberlm_kernels::{
     run,
 };
 
-use super::{Implementation, sum_of_rows};
+use super::{Implementation, linear::Products, sum_of_rows};
 
 /// `y_i = x_i W[g] + b[g]` for the rows `i` of group `g`.
 ///
@@ -186,25 +186,18 @@ fn native<const N: usize>(
     projections: [(Tensor<3>, Option<Tensor<2>>); N],
     group_sizes: &[usize],
 ) -> [Tensor<2>; N] {
+    let (products, inputs) = Products::of(x.into_dispatch(), projections);
     let operator = Grouped {
         group_sizes: group_sizes.to_vec(),
-        has_bias: projections.iter().map(|(_, bias)| bias.is_some()).collect(),
+        products,
     };
-    let mut inputs = vec![x.into_dispatch()];
-    let mut biases = Vec::new();
-    for (weight, bias) in projections {
-        inputs.push(weight.into_dispatch());
-        biases.extend(bias.map(Tensor::into_dispatch));
-    }
-    inputs.extend(biases);
     run::<_, N>(operator, inputs).map(Tensor::from_dispatch)
 }
 
-/// Inputs: `x`, the weights, then the biases of those that have one.
 #[derive(Debug)]
 struct Grouped {
     group_sizes: Vec<usize>,
-    has_bias: Vec<bool>,
+    products: Products,
 }
 
 /// A group that has rows.
@@ -234,16 +227,6 @@ impl Group {
 }
 
 impl Grouped {
-    fn n_products(&self) -> usize {
-        self.has_bias.len()
-    }
-
-    /// Where the bias of product `i` is among the inputs.
-    fn bias(&self, i: usize) -> Option<usize> {
-        let before = self.has_bias[..i].iter().filter(|has| **has).count();
-        self.has_bias[i].then_some(1 + self.n_products() + before)
-    }
-
     fn groups(&self) -> Vec<Group> {
         let mut first = 0;
         let groups = self.group_sizes.iter().enumerate().map(|(index, n)| {
@@ -267,15 +250,15 @@ impl Operator for Grouped {
     type Saved<E: Stored> = ();
 
     fn keeps_input(&self, i: usize) -> bool {
-        i <= self.n_products()
+        self.products.is_factor(i)
     }
 
     fn forward<E: Stored>(&self, inputs: &[View<'_, E>]) -> (Vec<Array<E>>, ()) {
         let (x, d_input) = (inputs[0].reals(), inputs[0].width());
         let groups = self.groups();
-        let outputs = (0..self.n_products()).map(|i| {
+        let outputs = (0..self.products.len()).map(|i| {
             let (weight, width) = (Matrix::of_view(&inputs[1 + i]), inputs[1 + i].width());
-            let bias = self.bias(i).map(|bias| inputs[bias].reals());
+            let bias = self.products.bias(i).map(|bias| inputs[bias].reals());
             let mut output = Buffer::new(self.n_rows() * width);
             let to = output.shared();
             for_each_product(groups.len(), |nth, threads| {
@@ -312,7 +295,7 @@ impl Operator for Grouped {
         let zeros = |n| vec![E::Real::default(); n];
         let mut d_x: Option<Vec<E::Real>> = None;
         let mut gradients = vec![Gradient::None; pass.wanted.len()];
-        for i in 0..self.n_products() {
+        for i in 0..self.products.len() {
             let Some(d_output) = pass.gradient(i) else {
                 continue;
             };
@@ -357,7 +340,7 @@ impl Operator for Grouped {
                 // Safety: every group is in one of the two.
                 Array::from_reals(unsafe { d_weight.finish() }, weight_view.shape())
             });
-            if let Some(bias) = self.bias(i) {
+            if let Some(bias) = self.products.bias(i) {
                 gradients[bias] = pass.if_wanted(bias, || {
                     let mut d_bias = zeros(n_groups * width);
                     for group in &groups {

@@ -1,6 +1,6 @@
 //! Linear projections.
 
-use burn::{module::Param, nn::Linear, tensor::Tensor};
+use burn::{backend::DispatchTensor, module::Param, nn::Linear, tensor::Tensor};
 use emberlm_kernels::{
     Array, Buffer, Gradient, Operator, Pass, Real, Shared, Stored, View,
     matrix::{Matrix, Store, product},
@@ -132,17 +132,8 @@ pub fn linears_by<const D: usize, const N: usize>(
         return projections
             .map(|(weight, bias)| on_rows(x.clone(), |x| definition(x, weight, bias)));
     }
-    let operator = Linears {
-        has_bias: projections.iter().map(|(_, bias)| bias.is_some()).collect(),
-    };
-    let mut inputs = vec![rows_of(x)];
-    let mut biases = Vec::new();
-    for (weight, bias) in projections {
-        inputs.push(weight.into_dispatch());
-        biases.extend(bias.map(Tensor::into_dispatch));
-    }
-    inputs.extend(biases);
-    run::<_, N>(operator, inputs).map(|output| {
+    let (products, inputs) = Products::of(rows_of(x), projections);
+    run::<_, N>(Linears(products), inputs).map(|output| {
         let output = Tensor::<2>::from_dispatch(output);
         let mut dims = dims;
         dims[D - 1] = output.dims()[1];
@@ -158,38 +149,62 @@ fn definition(x: Tensor<4>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tenso
     }
 }
 
-/// Inputs: `x`, the weights, then the biases of those that have one.
+/// Products of one input. The inputs of such an operator are `x`, the weights, then the biases of those that have one.
 #[derive(Debug)]
-struct Linears {
+pub(super) struct Products {
     has_bias: Vec<bool>,
 }
 
-impl Linears {
-    fn n_projections(&self) -> usize {
+impl Products {
+    /// With the inputs of the operator.
+    pub(super) fn of<const W: usize, const B: usize, const N: usize>(
+        x: DispatchTensor,
+        projections: [(Tensor<W>, Option<Tensor<B>>); N],
+    ) -> (Self, Vec<DispatchTensor>) {
+        let has_bias = projections.iter().map(|(_, bias)| bias.is_some()).collect();
+        let mut inputs = vec![x];
+        let mut biases = Vec::new();
+        for (weight, bias) in projections {
+            inputs.push(weight.into_dispatch());
+            biases.extend(bias.map(Tensor::into_dispatch));
+        }
+        inputs.extend(biases);
+        (Self { has_bias }, inputs)
+    }
+
+    pub(super) fn len(&self) -> usize {
         self.has_bias.len()
     }
 
-    /// Where the bias of projection `i` is among the inputs.
-    fn bias(&self, i: usize) -> Option<usize> {
+    /// Where the bias of product `i` is among the inputs.
+    pub(super) fn bias(&self, i: usize) -> Option<usize> {
         let before = self.has_bias[..i].iter().filter(|has| **has).count();
-        self.has_bias[i].then_some(1 + self.n_projections() + before)
+        self.has_bias[i].then_some(1 + self.len() + before)
+    }
+
+    /// Whether input `i` is no bias, and so needed in the backward pass.
+    pub(super) fn is_factor(&self, i: usize) -> bool {
+        i <= self.len()
     }
 }
+
+#[derive(Debug)]
+struct Linears(Products);
 
 impl Operator for Linears {
     type Saved<E: Stored> = ();
 
     fn keeps_input(&self, i: usize) -> bool {
-        i <= self.n_projections()
+        self.0.is_factor(i)
     }
 
     fn forward<E: Stored>(&self, inputs: &[View<'_, E>]) -> (Vec<Array<E>>, ()) {
         let x = Matrix::of_view(&inputs[0]);
         let [n_rows, _] = x.dims();
-        let outputs = (0..self.n_projections()).map(|i| {
+        let outputs = (0..self.0.len()).map(|i| {
             let weight = Matrix::of_view(&inputs[1 + i]);
             let [_, width] = weight.dims();
-            let bias = self.bias(i).map(|bias| inputs[bias].reals());
+            let bias = self.0.bias(i).map(|bias| inputs[bias].reals());
             let output = multiply_from(&x, &weight, bias.as_deref());
             Array::from_reals(output, &[n_rows, width])
         });
@@ -197,7 +212,7 @@ impl Operator for Linears {
     }
 
     fn backward<E: Stored>(&self, pass: &Pass<'_, E, ()>) -> Vec<Gradient<E>> {
-        let n = self.n_projections();
+        let n = self.0.len();
         let x = Matrix::of_view(&pass.input(0));
         let mut d_x: Option<Vec<E::Real>> = None;
         let mut gradients = vec![Gradient::None; pass.wanted.len()];
@@ -217,7 +232,7 @@ impl Operator for Linears {
             gradients[1 + i] = pass.if_wanted(1 + i, || {
                 Array::from_reals(multiply(&x.transposed(), &d_output), weight.shape())
             });
-            if let Some(bias) = self.bias(i) {
+            if let Some(bias) = self.0.bias(i) {
                 let [_, width] = d_output.dims();
                 gradients[bias] = pass.if_wanted(bias, || {
                     let d_output = pass.gradient(i).expect("it was there").reals();
