@@ -628,11 +628,31 @@ fn draw_line<DB: DrawingBackend>(
     pixels: Vec<(i32, i32)>,
     style: ShapeStyle,
 ) -> Drawn<DB> {
-    match pixels[..] {
-        // A line of one point would be invisible.
-        [point] => picture.draw(&Circle::new(point, 4, style.filled())),
-        _ => picture.draw(&PathElement::new(pixels, style)),
+    // A line of one point would be invisible.
+    if let [point] = pixels[..] {
+        return picture.draw(&Circle::new(point, 4, style.filled()));
     }
+    for part in without_sharp_turns(&pixels) {
+        picture.draw(&PathElement::new(part.to_vec(), style))?;
+    }
+    Ok(())
+}
+
+/// The parts of a line between turns of more than a right angle, where the library would draw a spike: it lengthens the
+/// edges of a thick line until they meet.
+fn without_sharp_turns(pixels: &[(i32, i32)]) -> Vec<&[(i32, i32)]> {
+    let (mut parts, mut first) = (Vec::new(), 0);
+    for (i, turn) in pixels.windows(3).enumerate() {
+        let [a, b, c] = [turn[0], turn[1], turn[2]];
+        let way = |(x, y): (i32, i32), (to_x, to_y)| [i64::from(to_x - x), i64::from(to_y - y)];
+        let ([x, y], [next_x, next_y]) = (way(a, b), way(b, c));
+        if x * next_x + y * next_y < 0 {
+            parts.push(&pixels[first..i + 2]);
+            first = i + 1;
+        }
+    }
+    parts.push(&pixels[first..]);
+    parts
 }
 
 fn draw_marker<DB: DrawingBackend>(
@@ -669,6 +689,27 @@ pub(crate) fn drawing<E: Error + Send + Sync + 'static>(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A thick line that turns back draws nothing beyond its ends.
+    #[test]
+    fn spikes_end_where_the_line_turns() {
+        let path = tempfile::tempdir().unwrap();
+        let path = path.path().join("a.png");
+        {
+            let picture = BitMapBackend::new(&path, (60, 200)).into_drawing_area();
+            picture.fill(&WHITE).unwrap();
+            let zigzag = [(10, 100), (11, 60), (12, 100), (13, 60), (50, 60)];
+            draw_line(&picture, zigzag.to_vec(), BLACK.stroke_width(3)).unwrap();
+            picture.present().unwrap();
+        }
+        let image = image::open(&path).unwrap().to_luma8();
+        let dark = image
+            .enumerate_pixels()
+            .filter(|(.., pixel)| pixel.0[0] < 128);
+        let rows: Vec<u32> = dark.map(|(_, y, _)| y).collect();
+        assert!(rows.iter().all(|y| (57..=103).contains(y)), "{rows:?}");
+        assert!(rows.contains(&80));
+    }
 
     fn run(name: &str, steps: Vec<StepRecord>) -> RunHistory {
         RunHistory {
