@@ -4,7 +4,7 @@ use std::marker::PhantomData;
 
 use rayon::prelude::*;
 
-use crate::{Real, Stored, View};
+use crate::{Real, Shared, Stored, View};
 
 /// A matrix anywhere in memory: element `(i, j)` is at `i row_stride + j column_stride` from the first.
 #[derive(Debug)]
@@ -107,9 +107,84 @@ impl<'a, R: Real> Matrix<'a, R> {
         }
     }
 
+    /// Columns `first ..`, `n` of them.
+    ///
+    /// # Panics
+    ///
+    /// If there are fewer.
+    pub fn columns(&self, first: usize, n: usize) -> Matrix<'_, R> {
+        assert!(
+            first + n <= self.n_columns,
+            "columns {first} + {n} of {}",
+            self.n_columns
+        );
+        Matrix {
+            first: (self.first).wrapping_offset(first as isize * self.column_stride),
+            n_rows: self.n_rows,
+            n_columns: n,
+            row_stride: self.row_stride,
+            column_stride: self.column_stride,
+            _copy: None,
+            memory: PhantomData,
+        }
+    }
+
     /// Number of rows and of columns.
     pub fn dims(&self) -> [usize; 2] {
         [self.n_rows, self.n_columns]
+    }
+}
+
+/// Where a product goes: rows of elements in order, each at a distance from the one before.
+#[derive(Debug)]
+pub struct Target<'a, R> {
+    first: *mut R,
+    n_rows: usize,
+    n_columns: usize,
+    row_stride: usize,
+    memory: PhantomData<&'a mut [R]>,
+}
+
+impl<'a, R: Real> Target<'a, R> {
+    /// Elements in order.
+    ///
+    /// # Panics
+    ///
+    /// If the numbers of elements differ.
+    pub fn new(elements: &'a mut [R], [n_rows, n_columns]: [usize; 2]) -> Self {
+        assert_eq!(elements.len(), n_rows * n_columns, "{n_rows} x {n_columns}");
+        Self {
+            first: elements.as_mut_ptr(),
+            n_rows,
+            n_columns,
+            row_stride: n_columns,
+            memory: PhantomData,
+        }
+    }
+
+    /// Some columns of a matrix of `width` columns, whose first one is element `start` of `elements`.
+    ///
+    /// # Safety
+    ///
+    /// Nobody else has these columns of these rows at the same time.
+    ///
+    /// # Panics
+    ///
+    /// If `elements` ends before.
+    pub unsafe fn columns(
+        elements: &Shared<'a, R>,
+        start: usize,
+        [n_rows, n_columns]: [usize; 2],
+        width: usize,
+    ) -> Self {
+        let last = n_rows.saturating_sub(1) * width + n_columns;
+        Self {
+            first: elements.at(start, last),
+            n_rows,
+            n_columns,
+            row_stride: width,
+            memory: PhantomData,
+        }
     }
 }
 
@@ -139,6 +214,7 @@ pub enum Threads {
 ///
 /// If the inner sizes differ, or the number of elements of `c` is not that of the product.
 pub fn product<R: Real>(a: &Matrix<'_, R>, b: &Matrix<'_, R>, c: &mut [R], store: Store) {
+    let c = Target::new(c, [a.n_rows, b.n_columns]);
     product_on(Threads::Pool, a, b, c, store);
 }
 
@@ -151,12 +227,12 @@ pub fn product_on<R: Real>(
     threads: Threads,
     a: &Matrix<'_, R>,
     b: &Matrix<'_, R>,
-    c: &mut [R],
+    c: Target<'_, R>,
     store: Store,
 ) {
     let ([m, k], [inner, n]) = (a.dims(), b.dims());
     assert_eq!(k, inner, "inner size of a product");
-    assert_eq!(c.len(), m * n, "elements of {m} x {n}");
+    assert_eq!([c.n_rows, c.n_columns], [m, n], "size of a product");
     if m == 0 || n == 0 {
         return;
     }
@@ -165,16 +241,15 @@ pub fn product_on<R: Real>(
         false => gemm::Parallelism::Rayon(0),
     };
     let one = R::from_f64(1.0);
-    // Safety: `a` and `b` can be read at all their elements, as their constructors made sure; `c` is `m x n` and
-    // nobody else's. A `Real` is f32 or f64, which the crate takes.
+    // Safety: `a` and `b` can be read at all their elements, and `c` written, as their constructors made sure. A `Real` is f32 or f64, which the crate takes.
     unsafe {
         gemm::gemm(
             m,
             n,
             k,
-            c.as_mut_ptr(),
+            c.first,
             1,
-            n as isize,
+            c.row_stride as isize,
             store == Store::Add,
             a.first,
             a.column_stride,
@@ -191,6 +266,40 @@ pub fn product_on<R: Real>(
         );
     }
 }
+
+/// Writes the transpose of a matrix of elements in order: `[n_rows, n_columns]` to `[n_columns, n_rows]`.
+///
+/// # Panics
+///
+/// If the numbers of elements differ.
+pub fn transpose<R: Real>(from: &[R], [n_rows, n_columns]: [usize; 2], to: &mut [R]) {
+    assert_eq!(from.len(), n_rows * n_columns, "{n_rows} x {n_columns}");
+    assert_eq!(to.len(), from.len(), "{n_columns} x {n_rows}");
+    for i in (0..n_rows).step_by(TILE) {
+        for j in (0..n_columns).step_by(TILE) {
+            if i + TILE <= n_rows && j + TILE <= n_columns {
+                // Arrays of a known size, which the compiler keeps in registers.
+                let mut tile = [[R::default(); TILE]; TILE];
+                for (row, of_tile) in tile.iter_mut().enumerate() {
+                    of_tile.copy_from_slice(&from[(i + row) * n_columns + j..][..TILE]);
+                }
+                for column in 0..TILE {
+                    let to = &mut to[(j + column) * n_rows + i..][..TILE];
+                    (to.iter_mut().zip(&tile)).for_each(|(to, row)| *to = row[column]);
+                }
+                continue;
+            }
+            for row in i..n_rows.min(i + TILE) {
+                for column in j..n_columns.min(j + TILE) {
+                    to[column * n_rows + row] = from[row * n_columns + column];
+                }
+            }
+        }
+    }
+}
+
+/// Rows and columns of what is transposed at once.
+const TILE: usize = 16;
 
 /// Calls `work` for each of `n` products of similar size: many side by side, few one after the other, each on all threads.
 pub fn for_each_product(n: usize, work: impl Fn(usize, Threads) + Sync) {
@@ -269,6 +378,38 @@ mod tests {
                     check::<f64>(sizes, transposed, store);
                 }
             }
+        }
+    }
+
+    #[test]
+    fn transposing_exchanges_rows_and_columns() {
+        for [n_rows, n_columns] in [[1, 1], [16, 16], [33, 50], [5, 40], [0, 3]] {
+            let from = numbers::<f32>(n_rows * n_columns, 1);
+            let mut to = vec![0.0; from.len()];
+            transpose(&from, [n_rows, n_columns], &mut to);
+            for i in 0..n_rows {
+                for j in 0..n_columns {
+                    assert_eq!(to[j * n_rows + i], from[i * n_columns + j]);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_part_of_the_columns_is_written_alone() {
+        let (a, b) = (numbers::<f32>(6, 1), numbers::<f32>(12, 2));
+        let mut c = vec![7.0; 15];
+        let (a, b) = (Matrix::new(&a, [3, 2]), Matrix::new(&b, [2, 6]));
+        // Columns 1 and 2 of five.
+        let shared = Shared::new(&mut c);
+        // Safety: nobody else has them.
+        let target = unsafe { Target::columns(&shared, 1, [3, 2], 5) };
+        product_on(Threads::One, &a, &b.columns(3, 2), target, Store::Replace);
+        let mut whole = vec![0.0; 18];
+        product(&a, &b, &mut whole, Store::Replace);
+        for i in 0..3 {
+            let expected = [7.0, whole[i * 6 + 3], whole[i * 6 + 4], 7.0, 7.0];
+            assert_eq!(c[i * 5..][..5], expected);
         }
     }
 

@@ -44,12 +44,22 @@ impl<'a, T> Shared<'a, T> {
     ///
     /// If the slice ends before.
     pub unsafe fn part(&self, start: usize, len: usize) -> &'a mut [T] {
+        // Safety: inside the slice, and the caller's alone.
+        unsafe { std::slice::from_raw_parts_mut(self.at(start, len), len) }
+    }
+
+    /// The place of element `start`.
+    ///
+    /// # Panics
+    ///
+    /// If the slice ends before `start + len`.
+    pub(crate) fn at(&self, start: usize, len: usize) -> *mut T {
         assert!(
             start.checked_add(len).is_some_and(|end| end <= self.len),
             "elements {start} to {start} + {len} of {}",
             self.len
         );
-        // Safety: inside the slice, and the caller's alone.
-        unsafe { std::slice::from_raw_parts_mut(self.first.add(start), len) }
+        // Safety: inside the slice, or its end.
+        unsafe { self.first.add(start) }
     }
 }

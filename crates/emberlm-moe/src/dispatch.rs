@@ -1,7 +1,7 @@
 //! Moving tokens to experts and back.
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use emberlm_core::operators::{combine, embed};
+use emberlm_core::operators::{ExpertRows, combine, embed};
 
 use crate::Choices;
 
@@ -92,19 +92,36 @@ impl Dispatch {
     /// - `gates`: `[n_tokens, n_experts]`
     /// - output: `[n_tokens, d_model]`
     pub fn combine(&self, rows: Tensor<2>, gates: Tensor<2>) -> Tensor<2> {
+        let weights = self.weights(gates).cast(rows.dtype());
+        combine(rows, weights, &self.tokens, self.n_tokens)
+    }
+
+    /// Of each row, the token, and how many rows each expert has.
+    pub fn rows(&self) -> ExpertRows<'_> {
+        ExpertRows {
+            tokens: &self.tokens,
+            group_sizes: &self.group_sizes,
+        }
+    }
+
+    /// The weight of each row; zero of one that fills up.
+    ///
+    /// # Shapes
+    ///
+    /// - `gates`: `[n_tokens, n_experts]`
+    /// - output: `[n_rows]`
+    pub fn weights(&self, gates: Tensor<2>) -> Tensor<1> {
         let [n_tokens, n_experts] = gates.dims();
         let n_rows = self.tokens.len();
         let places = self.places.iter().map(|place| place.unwrap_or(0));
         let places = ints(places, n_rows, &gates.device());
-        let dtype = rows.dtype();
-        let mut weights = gates.reshape([n_tokens * n_experts]).select(0, places);
-        if self.places.iter().any(Option::is_none) {
-            let there = self.places.iter().map(|place| f32::from(place.is_some()));
-            let there = TensorData::new(there.collect::<Vec<_>>(), [n_rows]);
-            weights =
-                weights.clone() * Tensor::from_data(there, (&weights.device(), weights.dtype()));
+        let weights = gates.reshape([n_tokens * n_experts]).select(0, places);
+        if self.places.iter().all(Option::is_some) {
+            return weights;
         }
-        combine(rows, weights.cast(dtype), &self.tokens, self.n_tokens)
+        let there = self.places.iter().map(|place| f32::from(place.is_some()));
+        let there = TensorData::new(there.collect::<Vec<_>>(), [n_rows]);
+        weights.clone() * Tensor::from_data(there, (&weights.device(), weights.dtype()))
     }
 }
 

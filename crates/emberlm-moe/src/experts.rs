@@ -7,7 +7,7 @@ use burn::{
 };
 use emberlm_core::{
     Activation, InvalidConfig, RandomKey, assert_valid, dropout,
-    operators::{Implementation, activate, gate, grouped_matmuls_by},
+    operators::{ExpertWeights, Implementation, activate, gate, grouped_matmuls_by},
 };
 
 /// Configuration of [`Experts`].
@@ -126,6 +126,28 @@ impl Experts {
     /// Number of experts.
     pub fn n_experts(&self) -> usize {
         self.up.weight.dims()[0]
+    }
+
+    /// The non-linearity.
+    pub(crate) fn activation(&self) -> Activation {
+        self.activation
+    }
+
+    /// Whether training drops inner activations.
+    pub(crate) fn drops(&self) -> bool {
+        self.dropout > 0.0
+    }
+
+    /// All parameters, if there are no biases among them.
+    pub(crate) fn weights(&self) -> Option<ExpertWeights> {
+        if self.up.bias.is_some() {
+            return None;
+        }
+        Some(ExpertWeights {
+            gate: self.gate.as_ref().map(|gate| gate.weight.val()),
+            up: self.up.weight.val(),
+            down: self.down.weight.val(),
+        })
     }
 
     /// # Shapes

@@ -317,10 +317,9 @@ impl MixtureOfExperts {
             true => x.clone().zeros_like(),
             false => {
                 let dispatch = Dispatch::new(&kept, rows);
-                let rows = dispatch.gather(rows_of(x.clone()));
                 let key = context.dropout_key.map(|key| key.fold(EXPERTS));
-                let rows = placement.run(&self.experts, rows, dispatch.group_sizes(), key);
-                let sums = dispatch.combine(rows, gates);
+                let x = rows_of(x.clone());
+                let sums = placement.mix(&self.experts, x, &dispatch, gates, key);
                 sums.reshape([batch_size, seq_length, d_model])
             }
         };

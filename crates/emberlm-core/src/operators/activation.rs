@@ -208,6 +208,23 @@ struct Sources<'a, R> {
     up_bias: &'a [R],
 }
 
+impl<'a, R> Sources<'a, R> {
+    /// All elements as one row, without biases.
+    fn of_elements(gate: Option<&'a [R]>, up: &'a [R]) -> Self {
+        let (x, up) = match gate {
+            Some(gate) => (gate, up),
+            None => (up, &[][..]),
+        };
+        Self {
+            width: x.len(),
+            x,
+            up,
+            bias: &[],
+            up_bias: &[],
+        }
+    }
+}
+
 /// Calls with the elements of the inputs.
 fn with_sources<E: Stored, T>(
     n_rows_inputs: usize,
@@ -228,6 +245,38 @@ fn with_sources<E: Stored, T>(
         bias: &bias,
         up_bias: &up_bias,
     })
+}
+
+/// `f(gate) up`, or `f(up)` without a gate, element by element, on this thread.
+pub(super) fn activate_elements<R: Real>(
+    activation: Activation,
+    gate: Option<&[R]>,
+    up: &[R],
+    to: &mut [R],
+) {
+    let (sources, to) = (Sources::of_elements(gate, up), Shared::new(to));
+    by_activation!(activation, function => forward_rows(function, 0..1, sources, &to));
+}
+
+/// The gradients of gate and up in [`activate_elements`]; that of the gate is left as it is if there is none.
+pub(super) fn activation_gradient<R: Real>(
+    activation: Activation,
+    gate: Option<&[R]>,
+    up: &[R],
+    d_output: &[R],
+    d_gate: &mut [R],
+    d_up: &mut [R],
+) {
+    let sources = Sources::of_elements(gate, up);
+    let to = match gate {
+        Some(_) => [d_gate, d_up],
+        None => [d_up, d_gate],
+    };
+    let to = to.map(Shared::new);
+    let mut no_sums = [Vec::new(), Vec::new()];
+    by_activation!(activation, function => {
+        backward_rows(function, 0..1, sources, d_output, &to, &mut no_sums);
+    });
 }
 
 impl Operator for Activated {

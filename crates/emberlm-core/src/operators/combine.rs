@@ -123,7 +123,7 @@ kernel! {
 
 kernel! {
     /// The inner product of two rows.
-    fn dot<'a, R: Real>(simd: S, a: &'a [R], b: &'a [R]) -> R {
+    pub(super) fn dot<'a, R: Real>(simd: S, a: &'a [R], b: &'a [R]) -> R {
         let mut sum = R::splat(simd, R::default());
         each_vector!(R, S, a.len().min(b.len()), |j, n| {
             // Safety: both slices have `n` elements from `j` on.

@@ -3,7 +3,7 @@
 use burn::tensor::{Int, Tensor, TensorData};
 use emberlm_kernels::{
     Array, Buffer, Gradient, Operator, Pass, Real, Shared, Stored, View,
-    matrix::{Matrix, Store, for_each_product, product_on},
+    matrix::{Matrix, Store, Target, for_each_product, product_on},
     run,
 };
 
@@ -279,6 +279,7 @@ impl Operator for Grouped {
                     None => Store::Replace,
                 };
                 let weight = weight.rows(group.index * d_input, d_input);
+                let to = Target::new(to, [group.n, width]);
                 product_on(threads, &group.rows(&x, d_input), &weight, to, store);
             });
             // Safety: the groups cover all rows.
@@ -316,6 +317,7 @@ impl Operator for Grouped {
                     let to = unsafe { group.part(&to, d_input) };
                     let weight = weight.rows(group.index * d_input, d_input);
                     let d_output = group.rows(&d_output, width);
+                    let to = Target::new(to, [group.n, d_input]);
                     product_on(threads, &d_output, &weight.transposed(), to, store);
                 });
             }
@@ -335,6 +337,7 @@ impl Operator for Grouped {
                     let to = unsafe { to.part(group.index * size, size) };
                     let x = group.rows(&x, d_input);
                     let d_output = group.rows(&d_output, width);
+                    let to = Target::new(to, [d_input, width]);
                     product_on(threads, &x.transposed(), &d_output, to, Store::Replace);
                 });
                 // Safety: every group is in one of the two.

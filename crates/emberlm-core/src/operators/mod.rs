@@ -10,6 +10,7 @@
 //! | [`layer_norm`], [`rms_norm`], [`add_norm`] | normalisation, after the addition of a residual too |
 //! | [`activate`], [`gate`] | activations, plain and gated |
 //! | [`grouped_matmul`], [`grouped_matmuls`] | groups of rows, each with a matrix of its own: experts |
+//! | [`experts`] | the whole way of tokens through experts and back |
 //! | [`combine`] | weighted rows back to where they came from: the outputs of experts |
 //! | [`rotate`] | rotary positions |
 //! | [`embed`] | rows of a table, with positions |
@@ -28,6 +29,7 @@ mod combine;
 mod cross_entropy;
 mod dropout;
 mod embedding;
+mod experts;
 mod grouped_matmul;
 mod linear;
 mod norm;
@@ -49,6 +51,7 @@ pub use cross_entropy::{
 pub(crate) use dropout::dropout_by;
 pub use dropout::{add_dropped, add_dropped_by};
 pub use embedding::{embed, embed_by};
+pub use experts::{ExpertRows, ExpertWeights, experts, experts_by};
 pub use grouped_matmul::{grouped_matmul, grouped_matmuls, grouped_matmuls_by};
 pub use linear::{linear, linear_by, linears, linears_by, project, project_all};
 pub use norm::{NormParameters, add_norm, add_norm_by, layer_norm, norm_by, rms_norm};

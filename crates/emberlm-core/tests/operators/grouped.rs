@@ -1,10 +1,18 @@
-//! `grouped_matmul`, `grouped_matmuls` and `combine`.
+//! `grouped_matmul`, `grouped_matmuls`, `combine` and `experts`, which is all of them.
 
 use burn::tensor::{DType, Tensor};
-use emberlm_core::operators::{Implementation, combine_by, grouped_matmul, grouped_matmuls_by};
+use emberlm_core::{
+    Activation,
+    operators::{
+        ExpertRows, ExpertWeights, Implementation, combine_by, experts_by, grouped_matmul,
+        grouped_matmuls_by,
+    },
+};
 use emberlm_testkit::{device, random};
 
-use crate::common::{Pass, check, check_all, check_bits, check_long_sums, check_sixteen_bits};
+use crate::common::{
+    Pass, check, check_all, check_bits, check_f64, check_long_sums, check_sixteen_bits,
+};
 
 /// One product, or two of the same rows.
 fn groups(pass: &mut Pass, [d_input, d_output]: [usize; 2], sizes: &[usize], bias: bool) {
@@ -28,6 +36,32 @@ fn rows_of_targets(pass: &mut Pass, [n_rows, width, n_targets]: [usize; 3]) {
     let weights = pass.leaf("weights", [n_rows]);
     let targets: Vec<usize> = (0..n_rows).map(|row| row * row * 7 % n_targets).collect();
     pass.output("y", combine_by(pass.by, x, weights, &targets, n_targets));
+}
+
+/// The whole way through experts, with and without a gate.
+fn through_experts(
+    pass: &mut Pass,
+    [n_tokens, d_model, d_ff]: [usize; 3],
+    group_sizes: &[usize],
+    activation: Activation,
+    gated: bool,
+) {
+    let (n_experts, n_rows) = (group_sizes.len(), group_sizes.iter().sum());
+    let x = pass.leaf("x", [n_tokens, d_model]);
+    let weights = pass.leaf("weights", [n_rows]);
+    let layers = ExpertWeights {
+        gate: gated.then(|| pass.leaf("gate", [n_experts, d_model, d_ff])),
+        up: pass.leaf("up", [n_experts, d_model, d_ff]),
+        down: pass.leaf("down", [n_experts, d_ff, d_model]),
+    };
+    let tokens: Vec<usize> = (0..n_rows).map(|row| row * row * 7 % n_tokens).collect();
+    let tokens = &tokens;
+    let rows = ExpertRows {
+        tokens,
+        group_sizes,
+    };
+    let y = experts_by(pass.by, x, weights, rows, layers, activation);
+    pass.output("y", y);
 }
 
 const SIZES: [&[usize]; 6] = [
@@ -54,7 +88,31 @@ fn groups_at_odd_sizes() {
 }
 
 #[test]
+fn experts_at_odd_sizes() {
+    for sizes in &SIZES[..5] {
+        for widths in [[1, 1, 1], [5, 3, 17], [40, 17, 8], [9, 65, 31]] {
+            for gated in [false, true] {
+                check(&format!("{sizes:?} {widths:?}, gated {gated}"), |pass| {
+                    through_experts(pass, widths, sizes, Activation::Silu, gated);
+                });
+            }
+        }
+    }
+    // More rows, inner width and columns than are worked on at once.
+    for (widths, sizes) in [([300, 150, 530], [130, 20]), ([50, 10, 1030], [600, 129])] {
+        check_f64(&format!("{sizes:?} {widths:?}"), |pass| {
+            through_experts(pass, widths, &sizes, Activation::GeluTanh, true);
+        });
+    }
+}
+
+#[test]
 fn gradients_are_slopes() {
+    for gated in [false, true] {
+        check_all("experts", |pass| {
+            through_experts(pass, [3, 5, 4], &[2, 0, 3, 1], Activation::Silu, gated);
+        });
+    }
     for bias in [false, true] {
         check_all("groups", |pass| groups(pass, [5, 3], &[2, 0, 3, 1], bias));
     }
@@ -80,12 +138,18 @@ fn rows_go_to_their_targets() {
 fn the_number_of_threads_does_not_show() {
     check_bits("groups", |pass| groups(pass, [65, 33], SIZES[4], true));
     check_bits("combine", |pass| rows_of_targets(pass, [1000, 65, 400]));
+    check_bits("experts", |pass| {
+        through_experts(pass, [300, 150, 530], &[130, 20, 7], Activation::Silu, true);
+    });
 }
 
 #[test]
 fn sixteen_bits() {
     check_sixteen_bits("groups", 0.5, |pass| groups(pass, [17, 8], SIZES[2], true));
     check_sixteen_bits("combine", 0.5, |pass| rows_of_targets(pass, [33, 8, 3]));
+    check_sixteen_bits("experts", 0.5, |pass| {
+        through_experts(pass, [20, 17, 8], SIZES[2], Activation::Relu, true);
+    });
 }
 
 #[test]
@@ -100,6 +164,21 @@ fn groups_that_are_all_empty() {
         let x = Tensor::zeros([0, 4], &device);
         let [y] = grouped_matmuls_by(by, x, [(weight.clone(), None)], &[0, 0, 0]);
         assert_eq!(y.dims(), [0, 5]);
+        let layers = ExpertWeights {
+            gate: None,
+            up: weight.clone(),
+            down: weight.clone().transpose(),
+        };
+        let (x, rows) = (
+            Tensor::ones([2, 4], &device),
+            ExpertRows {
+                tokens: &[],
+                group_sizes: &[0, 0, 0],
+            },
+        );
+        let none = Tensor::zeros([0], &device);
+        let y = experts_by(by, x, none, rows, layers, Activation::Relu);
+        assert_eq!(y.to_data().iter::<f32>().collect::<Vec<_>>(), [0.0; 8]);
     }
 }
 
@@ -123,4 +202,28 @@ fn targets_are_in_range() {
     let x = Tensor::zeros([2, 3], &device());
     let weights = Tensor::zeros([2], &device());
     combine_by(Implementation::Native, x, weights, &[0, 5], 5);
+}
+
+#[test]
+#[should_panic(expected = "down: the shape is [1, 3, 3], not [1, 3, 2]")]
+fn the_weights_of_experts_must_agree() {
+    let device = device();
+    let layers = ExpertWeights {
+        gate: None,
+        up: Tensor::zeros([1, 2, 3], &device),
+        down: Tensor::zeros([1, 3, 3], &device),
+    };
+    let rows = ExpertRows {
+        tokens: &[0],
+        group_sizes: &[1],
+    };
+    let (x, weights) = (Tensor::zeros([1, 2], &device), Tensor::ones([1], &device));
+    experts_by(
+        Implementation::Native,
+        x,
+        weights,
+        rows,
+        layers,
+        Activation::Relu,
+    );
 }
