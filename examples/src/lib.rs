@@ -25,6 +25,7 @@ pub mod plot;
 mod preset;
 mod pretraining;
 mod run_config;
+mod run_log;
 mod say;
 mod sentences;
 mod shipped;

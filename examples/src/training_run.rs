@@ -24,7 +24,11 @@ use emberlm::{
     },
 };
 
-use crate::{Stop, Work, complain, draw_load, keep_ctrl_c, plot, say};
+use crate::{
+    Stop, Work, complain, draw_load, keep_ctrl_c, plot,
+    run_log::{LOG_FILE, log_to},
+    say,
+};
 
 type AnyError = Box<dyn Error>;
 
@@ -196,6 +200,9 @@ fn train_unless_killed<N: Trainable>(
     let (steps, validate_every) = (trainer.config.steps, trainer.config.validate_every);
     let step = trainer.session.counters.step;
     let dashboard = stdout().is_terminal() && !watched.no_tui;
+    let log = watched.folder.file(LOG_FILE);
+    // The dashboard has the whole screen.
+    log_to(&log, !dashboard);
     let lines = || {
         let every = Duration::from_secs(10);
         let lines = LineRenderer::new(stdout(), steps, step, validate_every, every);
@@ -212,6 +219,9 @@ fn train_unless_killed<N: Trainable>(
         trainer.train(training, validation, watched.folder.path(), watch)
     }));
     drop(guard);
+    if dashboard && log.exists() {
+        complain(format_args!("warnings: {}", log.display()));
+    }
     trained.map_err(|payload| match message(&*payload) {
         Some(text) if text.contains("Killing training from user input") => Killed,
         _ => panic::resume_unwind(payload),

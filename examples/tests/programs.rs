@@ -455,3 +455,28 @@ fn experts_are_shown() {
         &["has no experts"],
     );
 }
+
+/// Of 512 experts a step of 4 tokens leaves nearly all without one.
+#[test]
+fn experts_without_tokens_are_told() {
+    let place = Place::new();
+    let config = r#"{
+        "model": {"n_layers": 1, "experts": {"mixture": {"d_ff": 4, "router": {"n_experts": 512}}}},
+        "training": {"batch_size": 1, "seq_length": 4, "validation_windows": 1}
+    }"#;
+    place.write(CONFIG, config);
+    let plan = [
+        "--preset",
+        "moe-tiny",
+        "--balance",
+        "none",
+        "--steps",
+        "100",
+    ];
+    let ended = place.pretrain("run", &plan);
+    let told = "warning: layer 0: expert ";
+    assert!(ended.stderr.contains(told), "{ended:?}");
+    let log = fs::read_to_string(place.path("run").join("log.txt")).expect("a log");
+    assert!(log.lines().all(|line| line.starts_with(told)), "{log}");
+    assert_eq!(log.lines().count(), ended.stderr.matches(told).count());
+}
