@@ -8,7 +8,7 @@ use burn::tensor::{Int, Tensor, TensorData, activation::log_softmax};
 use common::{CONFIG, Ended, Place, SMALL, TEXT, assert_same, checkpoints, n_logged, new_run};
 use emberlm::{core::CausalModel, models::load_decoder, training::RunFolder};
 use emberlm_examples::choose_device;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 #[test]
 fn the_first_line_names_the_device() {
@@ -460,20 +460,21 @@ fn experts_are_shown() {
 #[test]
 fn experts_without_tokens_are_told() {
     let place = Place::new();
-    let config = r#"{
-        "model": {"n_layers": 1, "experts": {"mixture": {"d_ff": 4, "router": {"n_experts": 512}}}},
-        "training": {"batch_size": 1, "seq_length": 4, "validation_windows": 1}
-    }"#;
-    place.write(CONFIG, config);
-    let plan = [
-        "--preset",
-        "moe-tiny",
-        "--balance",
-        "none",
-        "--steps",
-        "100",
-    ];
-    let ended = place.pretrain("run", &plan);
+    let preset = ["--preset", "moe-tiny", "--balance", "none"];
+    let plan = json!({"batch_size": 1, "seq_length": 4, "validation_windows": 1});
+    place.write(CONFIG, json!({"training": plan}).to_string());
+    place.pretrain("eight", &[&preset[..], &["--steps", "1"]].concat());
+    let config = fs::read(place.path("eight").join(RunFolder::CONFIG)).expect("a run's");
+    let mut config: Value = serde_json::from_slice(&config).expect("JSON");
+    let mut experts = config["model"]["experts"].take();
+    experts["mixture"]["d_ff"] = json!(4);
+    experts["mixture"]["router"]["n_experts"] = json!(512);
+    let model = json!({"n_layers": 1, "experts": experts});
+    place.write(
+        CONFIG,
+        json!({"model": model, "training": plan}).to_string(),
+    );
+    let ended = place.pretrain("run", &[&preset[..], &["--steps", "100"]].concat());
     let told = "warning: layer 0: expert ";
     assert!(ended.stderr.contains(told), "{ended:?}");
     let log = fs::read_to_string(place.path("run").join("log.txt")).expect("a log");
