@@ -15,13 +15,13 @@ optimizer state. Ours is counted by the allocator, PyTorch's is what is resident
 import argparse
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-TARGET = Path(os.environ.get("CARGO_TARGET_DIR", HERE.parent / "target"))
+PEERS_FOLDER = Path(__file__).resolve().parent / "peers"
+sys.path.insert(0, str(PEERS_FOLDER))
+from common import last_json, program  # noqa: E402
+
 PATTERNS = ["window:256", "dilated:256:2", "bigbird:64:3", "strided:{}", "fixed:{}:8", "causal"]
 # By the name that `alone.py` knows: what a reader should see, and the longest length measured. SDPA's time grows with the
 # square; Hugging Face's BigBird writes a tensor [heads, length, length].
@@ -40,18 +40,9 @@ def slope(points):
     return sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys)) / sum((x - mean_x) ** 2 for x in xs)
 
 
-def last_json(command):
-    """The last line that a command prints, which is JSON."""
-    done = subprocess.run(list(map(str, command)), check=True, capture_output=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def figures(program, *arguments):
+def figures(name, *arguments):
     """What a program of ours measures."""
-    path = TARGET / "release" / program
-    if not path.exists():
-        sys.exit(f"{path} does not exist: run cargo build --release -p emberlm-bench first")
-    return last_json([path, "--json", *arguments])
+    return last_json([program(name, "-p emberlm-bench"), "--json", *map(str, arguments)])
 
 
 def report(name, times, cells):
@@ -144,8 +135,8 @@ def main():
         up_to = args.longest_dense if pattern == "causal" else math.inf
         points += attention(name, [n for n in lengths if n <= up_to], lambda n: ours(pattern, n, args.repeats))
     for what, (name, longest) in PEERS.items() if args.peers else []:
-        command = [sys.executable, HERE / "peers" / "alone.py", "--what", what, "--repeats", args.repeats]
-        points += attention(name, [n for n in lengths if n <= longest], lambda n: last_json([*command, "--length", n]))
+        command = [sys.executable, str(PEERS_FOLDER / "alone.py"), "--what", what, "--repeats", str(args.repeats)]
+        points += attention(name, [n for n in lengths if n <= longest], lambda n: last_json([*command, "--length", str(n)]))
     if args.json:
         Path(args.json).write_text(json.dumps(points, indent=1) + "\n")
     if args.step:
