@@ -129,10 +129,7 @@ pub fn experts_by(
         is_gated: layers.gate.is_some(),
         tokens: rows.tokens.to_vec(),
         units: units(rows.group_sizes, d_ff),
-        n_experts: rows.group_sizes.len(),
-        idle: (rows.group_sizes.iter().enumerate())
-            .filter_map(|(expert, n)| (*n == 0).then_some(expert))
-            .collect(),
+        group_sizes: rows.group_sizes.to_vec(),
     };
     let inputs = [x.into_dispatch(), weights.into_dispatch()].into_iter();
     let layers = [layers.gate, Some(layers.up), Some(layers.down)];
@@ -392,9 +389,7 @@ struct Experts {
     is_gated: bool,
     tokens: Vec<usize>,
     units: Vec<Unit>,
-    n_experts: usize,
-    /// Experts without rows.
-    idle: Vec<usize>,
+    group_sizes: Vec<usize>,
 }
 
 impl std::fmt::Debug for Experts {
@@ -494,20 +489,26 @@ impl Experts {
         });
     }
 
-    /// The gradient of weights between `d_model` and `d_ff`: calls for each unit on all threads, for those of one expert
-    /// and one part of the inner width after one another; the first of them replaces what is there. Zero for experts
+    /// The gradients of `n` weights between `d_model` and `d_ff`: calls for each unit on all threads, for those of one
+    /// expert and one part of the inner width after one another; the first of them replaces what is there. Zero for experts
     /// without rows.
     fn of_weights<R: Real>(
         &self,
+        n: usize,
         [d_model, d_ff]: [usize; 2],
-        work: impl Fn(&Shared<'_, R>, &Unit, Store, &mut [Buffer<R>; 2]) + Sync,
-    ) -> Vec<R> {
+        work: impl Fn(&[Shared<'_, R>], &Unit, Store, &mut [Buffer<R>; 2]) + Sync,
+    ) -> Vec<Vec<R>> {
         let size = d_model * d_ff;
-        let mut gradient = Buffer::new(self.n_experts * size);
-        let to = gradient.shared();
-        for expert in &self.idle {
-            // Safety: no unit is of this expert.
-            unsafe { to.part(expert * size, size) }.fill(R::default());
+        let n_elements = self.group_sizes.len() * size;
+        let mut gradients: Vec<_> = (0..n).map(|_| Buffer::new(n_elements)).collect();
+        let to: Vec<_> = gradients.iter_mut().map(Buffer::shared).collect();
+        for (expert, n_rows) in self.group_sizes.iter().enumerate() {
+            if *n_rows == 0 {
+                for to in &to {
+                    // Safety: no unit is of this expert.
+                    unsafe { to.part(expert * size, size) }.fill(R::default());
+                }
+            }
         }
         let parts = (self.units).chunk_by(|a, b| (a.expert, a.part) == (b.expert, b.part));
         let parts: Vec<_> = parts.collect();
@@ -522,8 +523,9 @@ impl Experts {
                 }
             });
         });
-        // Safety: `work` writes all that is of its units, and every other expert is idle.
-        unsafe { gradient.finish() }
+        // Safety: `work` writes all that is of its units, and every other expert has no rows.
+        let finish = |gradient: Buffer<R>| unsafe { gradient.finish() };
+        gradients.into_iter().map(finish).collect()
     }
 }
 
@@ -671,29 +673,36 @@ impl Operator for Experts {
             let sum = parts.reduce(add).unwrap_or_default();
             Array::from_reals(sum, &[n_rows])
         });
-        for (i, d_before) in into_inner {
-            gradients[i] = pass.if_wanted(i, || {
-                let elements = self.of_weights([d_model, d_ff], |to, unit, store, [rows, turn]| {
-                    let (n, n_inner) = (unit.n_rows, unit.n_inner);
-                    let rows = gather(&self.tokens[unit.rows()], &x, d_model, rows);
-                    let x = Matrix::new(turned(rows, [n, d_model], turn), [d_model, n]);
+        let wanted: Vec<_> = (into_inner.into_iter())
+            .filter(|(i, _)| pass.wanted[*i])
+            .collect();
+        if !wanted.is_empty() {
+            let sizes = [d_model, d_ff];
+            let found = self.of_weights(wanted.len(), sizes, |to, unit, store, [rows, turn]| {
+                let (n, n_inner) = (unit.n_rows, unit.n_inner);
+                let rows = gather(&self.tokens[unit.rows()], &x, d_model, rows);
+                let x = Matrix::new(turned(rows, [n, d_model], turn), [d_model, n]);
+                let first = unit.expert * d_model * d_ff + unit.first_inner;
+                for (to, (_, d_before)) in to.iter().zip(&wanted) {
                     let d_before = Matrix::new(&d_before[unit.inner()], [n, n_inner]);
-                    let first = unit.expert * d_model * d_ff + unit.first_inner;
                     // Safety: each part of the inner width has columns of its own.
                     let to = unsafe { Target::columns(to, first, [d_model, n_inner], d_ff) };
                     product_on(Threads::One, &x, &d_before, to, store);
-                });
-                Array::from_reals(elements, pass.input(i).shape())
+                }
             });
+            for ((i, _), elements) in wanted.iter().zip(found) {
+                gradients[*i] = Gradient::Of(Array::from_reals(elements, pass.input(*i).shape()));
+            }
         }
         gradients[self.down()] = pass.if_wanted(self.down(), || {
-            let elements = self.of_weights([d_model, d_ff], |to, unit, store, [rows, turn]| {
+            let sizes = [d_model, d_ff];
+            let mut found = self.of_weights(1, sizes, |to, unit, store, [rows, turn]| {
                 let (n, n_inner) = (unit.n_rows, unit.n_inner);
                 let rows = gather(&self.tokens[unit.rows()], &d_output, d_model, rows);
                 let inner = turned(&weighted[unit.inner()], [n, n_inner], turn);
                 let first = (unit.expert * d_ff + unit.first_inner) * d_model;
                 // Safety: each part of the inner width has rows of its own.
-                let to = unsafe { to.part(first, n_inner * d_model) };
+                let to = unsafe { to[0].part(first, n_inner * d_model) };
                 let to = Target::new(to, [n_inner, d_model]);
                 let (inner, rows) = (
                     Matrix::new(inner, [n_inner, n]),
@@ -701,7 +710,7 @@ impl Operator for Experts {
                 );
                 product_on(Threads::One, &inner, &rows, to, store);
             });
-            Array::from_reals(elements, down_view.shape())
+            Array::from_reals(found.remove(0), down_view.shape())
         });
         gradients
     }
