@@ -16,6 +16,7 @@
 //! | [`matrix`] | products of whole matrices |
 //! | [`tile`] | the product of two small matrices in private memory |
 //! | [`Buffer`], [`Shared`] | memory for a result, and a slice that several threads write |
+//! | [`Scratch`] | private memory of tasks, used again by one after another |
 //! | [`keep_freed_memory`] | a setting of the C library that training wants |
 //!
 //! A new operator is one file in the crate that wants it: see [`Operator`] for a whole small one.
@@ -34,6 +35,7 @@ mod memory;
 mod operator;
 mod real;
 pub mod rows;
+mod scratch;
 mod shared;
 mod stored;
 pub mod tile;
@@ -45,5 +47,6 @@ pub use operator::{Array, Gradient, Operator, Pass, run, run_one};
 #[doc(hidden)]
 pub use pulp;
 pub use real::{Real, lanes};
+pub use scratch::Scratch;
 pub use shared::Shared;
 pub use stored::Stored;

@@ -1,13 +1,10 @@
 //! The experts of a mixture: from tokens to the weighted sums of what experts make of them.
 
-use std::{
-    ops::Range,
-    sync::{Mutex, PoisonError},
-};
+use std::ops::Range;
 
 use burn::tensor::{Int, Tensor, TensorData};
 use emberlm_kernels::{
-    Array, Buffer, Gradient, Operator, Pass, Real, Shared, Stored, View, kernel,
+    Array, Buffer, Gradient, Operator, Pass, Real, Scratch, Shared, Stored, View, kernel,
     matrix::{Matrix, Store, Target, Threads, product_on, transpose},
     run_one,
 };
@@ -200,6 +197,9 @@ const COLUMNS: usize = 256;
 /// reads the weight once, as it lies, and would else copy it in another order first.
 const FEW_ROWS: usize = 128;
 
+/// With at most so many rows in all, one thread reads the weights as fast as several, which would have to be woken.
+const ROWS_OF_ONE_THREAD: usize = 8;
+
 /// The units of all experts: expert by expert, in each part by part of the inner width.
 fn units(group_sizes: &[usize], d_ff: usize) -> Vec<Unit> {
     let mut units = Vec::new();
@@ -316,37 +316,6 @@ fn room<R: Real>(scratch: &mut Buffer<R>, n: usize) -> &mut [R] {
     unsafe { scratch.shared().part(0, n) }
 }
 
-/// Memory that threads use again, for each one `N` times. It is of the calling thread, whose freed memory programs keep;
-/// that of the pool's threads would be new every time.
-struct Scratch<R, const N: usize> {
-    there: Mutex<Vec<[Buffer<R>; N]>>,
-    size: usize,
-}
-
-impl<R: Real, const N: usize> Scratch<R, N> {
-    /// With `size` elements each.
-    fn new(size: usize) -> Self {
-        let of_threads = (0..rayon::current_num_threads()).map(|_| Self::of_thread(size));
-        Self {
-            there: Mutex::new(of_threads.collect()),
-            size,
-        }
-    }
-
-    fn of_thread(size: usize) -> [Buffer<R>; N] {
-        std::array::from_fn(|_| Buffer::new(size))
-    }
-
-    fn lend<O>(&self, work: impl FnOnce(&mut [Buffer<R>; N]) -> O) -> O {
-        let there = || self.there.lock().unwrap_or_else(PoisonError::into_inner);
-        let taken = there().pop();
-        let mut scratch = taken.unwrap_or_else(|| Self::of_thread(self.size));
-        let output = work(&mut scratch);
-        there().push(scratch);
-        output
-    }
-}
-
 /// Some columns of rows of `width` elements, which one thread writes.
 struct Columns<'a, R> {
     to: Shared<'a, R>,
@@ -449,13 +418,28 @@ impl Experts {
         [gate, unsafe { unit.part_of(up) }]
     }
 
-    /// Memory for what a thread holds of any unit.
-    fn scratch<R: Real, const N: usize>(&self, d_model: usize) -> Scratch<R, N> {
-        let sizes = self
-            .units
-            .iter()
-            .map(|unit| unit.n_rows * unit.n_inner.max(d_model));
-        Scratch::new(sizes.max().unwrap_or(0))
+    /// Whether the rows are so few that one thread does everything.
+    fn are_few(&self) -> bool {
+        self.tokens.len() <= ROWS_OF_ONE_THREAD
+    }
+
+    /// Calls for each task with `N` times the memory for what a task holds of any unit.
+    fn for_each<T: Sync, R: Real, const N: usize>(
+        &self,
+        tasks: &[T],
+        d_model: usize,
+        work: impl Fn(&T, &mut [Buffer<R>; N]) + Sync,
+    ) {
+        let sizes = (self.units.iter()).map(|unit| unit.n_rows * unit.n_inner.max(d_model));
+        let size = sizes.max().unwrap_or(0);
+        let memory = || [(); N].map(|()| Buffer::new(size));
+        if self.are_few() {
+            let mut memory = memory();
+            return tasks.iter().for_each(|task| work(task, &mut memory));
+        }
+        let scratch = Scratch::new(tasks.len(), memory);
+        let tasks = tasks.par_iter().with_max_len(1);
+        tasks.for_each(|task| scratch.lend(|memory| work(task, memory)));
     }
 
     /// Calls for parts of the columns of `[n_tokens, d_model]` zeros, on all threads, and returns what these have become.
@@ -466,13 +450,16 @@ impl Experts {
     ) -> Vec<R> {
         let mut sums = vec![R::default(); n_tokens * d_model];
         let to = Shared::new(&mut sums);
-        let scratch = self.scratch(d_model);
-        let parts: Vec<_> = cut(d_model, COLUMNS).collect();
-        let parts = parts.into_par_iter().with_max_len(1);
-        parts.for_each(|range| {
-            let width = d_model;
-            scratch.lend(|scratch| work(&Columns { to, width, range }, scratch));
+        let most = match self.are_few() {
+            true => d_model,
+            false => COLUMNS,
+        };
+        let parts = cut(d_model, most).map(|range| Columns {
+            to,
+            width: d_model,
+            range,
         });
+        self.for_each(&parts.collect::<Vec<_>>(), d_model, work);
         sums
     }
 
@@ -482,10 +469,8 @@ impl Experts {
         d_model: usize,
         work: impl Fn(&Unit, &[usize], &mut [Buffer<R>; 4]) + Sync,
     ) {
-        let scratch = self.scratch(d_model);
-        let units = self.units.par_iter().with_max_len(1);
-        units.for_each(|unit| {
-            scratch.lend(|scratch| work(unit, &self.tokens[unit.rows()], scratch));
+        self.for_each(&self.units, d_model, |unit, scratch| {
+            work(unit, &self.tokens[unit.rows()], scratch);
         });
     }
 
@@ -511,17 +496,12 @@ impl Experts {
             }
         }
         let parts = (self.units).chunk_by(|a, b| (a.expert, a.part) == (b.expert, b.part));
-        let parts: Vec<_> = parts.collect();
-        let scratch = self.scratch(d_model);
-        let parts = parts.into_par_iter().with_max_len(1);
-        parts.for_each(|units| {
-            scratch.lend(|scratch| {
-                let mut store = Store::Replace;
-                for unit in units {
-                    work(&to, unit, store, scratch);
-                    store = Store::Add;
-                }
-            });
+        self.for_each(&parts.collect::<Vec<_>>(), d_model, |units, scratch| {
+            let mut store = Store::Replace;
+            for unit in *units {
+                work(&to, unit, store, scratch);
+                store = Store::Add;
+            }
         });
         // Safety: `work` writes all that is of its units, and every other expert has no rows.
         let finish = |gradient: Buffer<R>| unsafe { gradient.finish() };
