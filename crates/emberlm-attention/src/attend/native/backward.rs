@@ -10,9 +10,11 @@
 //!
 //! Each pair of blocks is computed once, for all three gradients.
 
+use std::ops::Range;
+
 use emberlm_core::{Layout, Part};
 use emberlm_kernels::{
-    Buffer, Real, Shared, Stored, View, each_vector, kernel, lanes,
+    Buffer, Real, Scratch, Shared, Stored, View, each_vector, kernel, lanes,
     tile::{self, Left, Rows},
 };
 use pulp::{Arch, Simd, WithSimd};
@@ -21,7 +23,9 @@ use rayon::prelude::*;
 use super::{
     BLOCK,
     blocks::{Block, blocks},
-    problem::{Problem, Sizes, pack_columns, pack_rows, padded, positions},
+    problem::{
+        Problem, Sizes, pack_columns, pack_rows, packed_columns, packed_rows, padded, positions,
+    },
     scores::{Head, Row},
 };
 
@@ -83,8 +87,9 @@ pub(super) fn backward<E: Stored>(
             keys: positions(part.key_length(), part.key_order()),
         })
         .collect();
+    let scratch = Scratch::new(tasks.len(), || Memory::with_room(problem));
     tasks.into_par_iter().with_max_len(1).for_each(|heads| {
-        run_heads(problem, saved, &parts, &heads, &shared);
+        scratch.lend(|memory| run_heads(problem, saved, &parts, &heads, &shared, memory));
     });
     let sinks = match problem.sinks {
         None => Vec::new(),
@@ -148,11 +153,80 @@ fn tasks(sizes: &Sizes, bias_dims: Option<[usize; 4]>) -> Vec<Vec<usize>> {
     tasks
 }
 
-/// Private memory of a task: what is summed over blocks, in the order of the sequence.
+/// Private memory of a task.
+struct Memory<R> {
+    sums: HeadSums<R>,
+    rows: QueryRows<R>,
+    /// Of each part.
+    keys: Vec<PackedKeys<R>>,
+    queries: PackedQueries<R>,
+    /// Gradient of the queries, in the order of a part.
+    d_query: Vec<R>,
+    pair: PairMemory<R>,
+}
+
+/// What is summed over blocks, in the order of the sequence.
 struct HeadSums<R> {
     query: Vec<R>,
     key: Vec<R>,
     value: Vec<R>,
+}
+
+impl<R: Real> Memory<R> {
+    /// With room for what tasks put there.
+    fn with_room<E: Stored<Real = R>>(problem: &Problem<'_, E>) -> Self {
+        let sizes = problem.sizes();
+        let (d_head, d_value) = (padded(sizes.d_head), padded(sizes.d_value));
+        let parts = problem.schedule.parts();
+        let (n_queries, n_keys) = (sizes.query_length, sizes.key_length);
+        let of_parts = || parts.iter().map(Part::query_length);
+        let n_ordered =
+            (parts.iter().filter(|part| part.query_order().is_some())).map(Part::query_length);
+        let room = Vec::with_capacity;
+        let zeros = |n| vec![R::default(); n];
+        Self {
+            sums: HeadSums {
+                query: room(n_queries * d_head),
+                key: room(n_keys * d_head),
+                value: room(n_keys * d_value),
+            },
+            rows: QueryRows {
+                log_sum_exp: room(n_queries),
+                delta: room(n_queries),
+            },
+            keys: (parts.iter().map(Part::key_length))
+                .map(|n| PackedKeys {
+                    keys: room(packed_rows(n, sizes.d_head)),
+                    key_columns: room(packed_columns(n, sizes.d_head)),
+                    value_columns: room(packed_columns(n, sizes.d_value)),
+                })
+                .collect(),
+            queries: {
+                let n = of_parts().max().unwrap_or(0);
+                PackedQueries {
+                    queries: room(packed_rows(n, sizes.d_head)),
+                    d_outputs: room(packed_rows(n, sizes.d_value)),
+                    rows: QueryRows {
+                        log_sum_exp: room(n),
+                        delta: room(n),
+                    },
+                }
+            },
+            d_query: room(n_ordered.max().unwrap_or(0) * d_head),
+            pair: PairMemory {
+                scores: zeros(BLOCK * BLOCK),
+                weights: zeros(BLOCK * BLOCK),
+                cap_slopes: zeros(BLOCK),
+                key: zeros(BLOCK * d_head),
+                value: zeros(BLOCK * d_value),
+            },
+        }
+    }
+}
+
+fn set_to_zeros<R: Real>(sums: &mut Vec<R>, n: usize) {
+    sums.clear();
+    sums.resize(n, R::default());
 }
 
 /// Some heads after another; those of one key/value head follow each other.
@@ -162,35 +236,63 @@ fn run_heads<E: Stored>(
     parts: &[PartPositions<'_, E::Real>],
     heads: &[usize],
     outputs: &Outputs<'_, E>,
+    memory: &mut Memory<E::Real>,
 ) {
     let sizes = problem.sizes();
     let (d_head, d_value) = (padded(sizes.d_head), padded(sizes.d_value));
-    let mut sums = HeadSums {
-        query: Vec::new(),
-        key: Vec::new(),
-        value: Vec::new(),
-    };
-    let set_to_zeros = |sums: &mut Vec<E::Real>, n| {
-        sums.clear();
-        sums.resize(n, E::Real::default());
-    };
     let group = sizes.n_heads / sizes.n_kv_heads;
-    let mut packed = Vec::new();
+    let Memory {
+        sums,
+        rows,
+        keys,
+        queries,
+        d_query,
+        pair,
+    } = memory;
     for (i, head_row) in heads.iter().copied().enumerate() {
         let (batch, head) = (head_row / sizes.n_heads, head_row % sizes.n_heads);
         set_to_zeros(&mut sums.query, sizes.query_length * d_head);
         if i % group == 0 {
             let at = [batch, sizes.kv_head(head)];
-            packed = parts
-                .iter()
-                .map(|parts| PackedKeys::new(problem, parts.part, at))
-                .collect();
+            for (keys, parts) in keys.iter_mut().zip(parts) {
+                keys.pack(problem, parts.part, at);
+            }
             set_to_zeros(&mut sums.key, sizes.key_length * d_head);
             set_to_zeros(&mut sums.value, sizes.key_length * d_value);
         }
-        let rows = QueryRows::new(problem, saved, batch, head);
-        for (part, packed) in parts.iter().zip(&packed) {
-            Pass::new(problem, part, packed, [batch, head], saved, &rows).run(&mut sums, outputs);
+        rows.fill(problem, saved, [batch, head]);
+        for (PartPositions { part, keys }, packed) in parts.iter().zip(&*keys) {
+            let order = part.query_order();
+            queries.pack(problem, saved, [batch, head], order, rows);
+            if let Some(order) = order {
+                set_to_zeros(d_query, order.len() * d_head);
+            }
+            let pass = Pass {
+                problem,
+                part,
+                layout: part.layout(batch, head),
+                head: Head::new(problem, batch, head),
+                bias_row: problem
+                    .bias_at(batch, head)
+                    .map_or(0, |(bias, [b, h])| b * bias.dims()[1] + h),
+                key_positions: keys,
+                queries,
+                packed,
+            };
+            Arch::new().dispatch(Work {
+                pass: &pass,
+                outputs,
+                d_query: match order {
+                    None => &mut sums.query,
+                    Some(_) => d_query,
+                },
+                d_key: &mut sums.key,
+                d_value: &mut sums.value,
+                memory: pair,
+            });
+            if order.is_some() {
+                add_rows(&mut sums.query, d_query, d_head, 0, order);
+            }
         }
         let one = E::Real::from_f64(1.0);
         // Safety: this task is the only one with these heads.
@@ -252,7 +354,7 @@ kernel! {
     }
 }
 
-/// What the queries of one head bring, in the order of the sequence.
+/// What the queries of one head bring.
 struct QueryRows<R> {
     /// `lse`; zero for a query without keys, whose scores are all hidden.
     log_sum_exp: Vec<R>,
@@ -261,41 +363,51 @@ struct QueryRows<R> {
 }
 
 impl<R: Real> QueryRows<R> {
-    fn new<E: Stored<Real = R>>(
+    /// In the order of the sequence.
+    fn fill<E: Stored<Real = R>>(
+        &mut self,
         problem: &Problem<'_, E>,
         saved: &Saved<'_, E>,
-        batch: usize,
-        head: usize,
-    ) -> Self {
+        [batch, head]: [usize; 2],
+    ) {
         let sizes = problem.sizes();
         let first = (batch * sizes.n_heads + head) * sizes.query_length;
-        let log_sum_exp = saved.log_sum_exp[first..first + sizes.query_length]
-            .iter()
-            .map(|lse| {
-                if *lse == R::NEG_INFINITY {
-                    R::default()
-                } else {
-                    *lse
-                }
-            })
-            .collect();
-        let mut delta = vec![R::default(); sizes.query_length];
+        let log_sum_exp = &saved.log_sum_exp[first..][..sizes.query_length];
+        self.delta.resize(sizes.query_length, R::default());
         dots(
             saved.output.first_columns(sizes.d_value),
             saved.d_output.first_columns(sizes.d_value),
             [batch, head],
-            &mut delta,
+            &mut self.delta,
         );
-        for (query, delta) in delta.iter_mut().enumerate() {
-            if saved.log_sum_exp[first + query] == R::NEG_INFINITY {
+        self.log_sum_exp.clear();
+        for (query, (lse, delta)) in log_sum_exp.iter().zip(&mut self.delta).enumerate() {
+            if *lse == R::NEG_INFINITY {
                 // A query without keys has no gradient, whatever comes from behind.
                 *delta = R::default();
-            } else if problem.with_log_sum_exp {
+                self.log_sum_exp.push(R::default());
+                continue;
+            }
+            self.log_sum_exp.push(*lse);
+            if problem.with_log_sum_exp {
                 let at = [batch, head, query, sizes.d_value];
                 *delta = *delta - saved.d_output.at(at).to_real();
             }
         }
-        Self { log_sum_exp, delta }
+    }
+
+    /// Those of `all` in the order of a part.
+    fn pick(&mut self, all: &Self, order: Option<&[u32]>) {
+        for (to, from) in [
+            (&mut self.log_sum_exp, &all.log_sum_exp),
+            (&mut self.delta, &all.delta),
+        ] {
+            to.clear();
+            match order {
+                None => to.extend_from_slice(from),
+                Some(order) => to.extend(order.iter().map(|i| from[*i as usize])),
+            }
+        }
     }
 
     /// The gradient of a sink, which has no value: `sum -p delta`.
@@ -316,13 +428,37 @@ struct PackedKeys<R> {
 }
 
 impl<R: Real> PackedKeys<R> {
-    fn new<E: Stored<Real = R>>(problem: &Problem<'_, E>, part: &Part, at: [usize; 2]) -> Self {
-        let order = part.key_order();
-        Self {
-            keys: pack_rows(problem.key, at, order, R::from_f64(1.0)),
-            key_columns: pack_columns(problem.key, at, order),
-            value_columns: pack_columns(problem.value, at, order),
-        }
+    fn pack<E: Stored<Real = R>>(&mut self, problem: &Problem<'_, E>, part: &Part, at: [usize; 2]) {
+        let (order, one) = (part.key_order(), R::from_f64(1.0));
+        pack_rows(problem.key, at, order, one, &mut self.keys);
+        pack_columns(problem.key, at, order, &mut self.key_columns);
+        pack_columns(problem.value, at, order, &mut self.value_columns);
+    }
+}
+
+/// Of the queries of one head, in the order of a part.
+struct PackedQueries<R> {
+    /// Times the scale.
+    queries: Vec<R>,
+    /// Gradients of the output.
+    d_outputs: Vec<R>,
+    rows: QueryRows<R>,
+}
+
+impl<R: Real> PackedQueries<R> {
+    fn pack<E: Stored<Real = R>>(
+        &mut self,
+        problem: &Problem<'_, E>,
+        saved: &Saved<'_, E>,
+        at: [usize; 2],
+        order: Option<&[u32]>,
+        rows: &QueryRows<R>,
+    ) {
+        let d_output = saved.d_output.first_columns(problem.sizes().d_value);
+        let (scale, one) = (problem.scores.scale, R::from_f64(1.0));
+        pack_rows(problem.query, at, order, scale, &mut self.queries);
+        pack_rows(d_output, at, order, one, &mut self.d_outputs);
+        self.rows.pick(rows, order);
     }
 }
 
@@ -334,84 +470,13 @@ struct Pass<'a, 'b, E: Stored> {
     head: Head<'a, E>,
     bias_row: usize,
     key_positions: &'a [E::Real],
-    /// Scaled queries, and gradients of the output, in the order of the part.
-    queries: Vec<E::Real>,
-    d_outputs: Vec<E::Real>,
+    queries: &'a PackedQueries<E::Real>,
     packed: &'a PackedKeys<E::Real>,
-    /// In the order of the part.
-    log_sum_exp: Vec<E::Real>,
-    delta: Vec<E::Real>,
-}
-
-impl<'a, 'b, E: Stored> Pass<'a, 'b, E> {
-    fn new(
-        problem: &'a Problem<'b, E>,
-        PartPositions { part, keys }: &'a PartPositions<'a, E::Real>,
-        packed: &'a PackedKeys<E::Real>,
-        [batch, head]: [usize; 2],
-        saved: &Saved<'_, E>,
-        rows: &QueryRows<E::Real>,
-    ) -> Self {
-        let sizes = problem.sizes();
-        let one = E::Real::from_f64(1.0);
-        let queries = part.query_order();
-        let in_order = |x: &[E::Real]| match queries {
-            None => x.to_vec(),
-            Some(order) => order.iter().map(|i| x[*i as usize]).collect(),
-        };
-        Self {
-            problem,
-            part,
-            layout: part.layout(batch, head),
-            head: Head::new(problem, batch, head),
-            bias_row: problem
-                .bias_at(batch, head)
-                .map_or(0, |(bias, [b, h])| b * bias.dims()[1] + h),
-            key_positions: keys,
-            queries: pack_rows(problem.query, [batch, head], queries, problem.scores.scale),
-            d_outputs: pack_rows(
-                saved.d_output.first_columns(sizes.d_value),
-                [batch, head],
-                queries,
-                one,
-            ),
-            packed,
-            log_sum_exp: in_order(&rows.log_sum_exp),
-            delta: in_order(&rows.delta),
-        }
-    }
 }
 
 impl<E: Stored> Pass<'_, '_, E> {
-    fn run(&self, sums: &mut HeadSums<E::Real>, outputs: &Outputs<'_, E>) {
-        let sizes = self.problem.sizes();
-        let zeros = |n| vec![E::Real::default(); n];
-        let mut scratch = Scratch {
-            scores: zeros(BLOCK * BLOCK),
-            weights: zeros(BLOCK * BLOCK),
-            cap_slopes: zeros(if self.head.cap.is_some() { BLOCK } else { 0 }),
-            key: zeros(BLOCK * padded(sizes.d_head)),
-            value: zeros(BLOCK * padded(sizes.d_value)),
-        };
-        let arch = Arch::new();
-        let d_head = padded(sizes.d_head);
-        let order = self.part.query_order();
-        let mut gathered = order.map(|order| zeros(order.len() * d_head));
-        arch.dispatch(Work {
-            pass: self,
-            outputs,
-            d_query: gathered.as_mut().unwrap_or(&mut sums.query),
-            d_key: &mut sums.key,
-            d_value: &mut sums.value,
-            scratch: &mut scratch,
-        });
-        if let Some(d_query) = gathered {
-            add_rows(&mut sums.query, &d_query, d_head, 0, order);
-        }
-    }
-
     fn n_queries(&self) -> usize {
-        self.delta.len()
+        self.queries.rows.delta.len()
     }
 }
 
@@ -457,7 +522,7 @@ fn add_rows<R: Real>(to: &mut [R], rows: &[R], width: usize, first: usize, order
 }
 
 /// What is computed of one pair of blocks, and the sums of one key block.
-struct Scratch<R> {
+struct PairMemory<R> {
     /// Scores, then their gradients: `[BLOCK queries][BLOCK keys]`.
     scores: Vec<R>,
     /// Gradients of the weights, then the weights.
@@ -476,7 +541,7 @@ struct Work<'a, 'b, E: Stored> {
     /// In the order of the sequence.
     d_key: &'a mut [E::Real],
     d_value: &'a mut [E::Real],
-    scratch: &'a mut Scratch<E::Real>,
+    memory: &'a mut PairMemory<E::Real>,
 }
 
 impl<E: Stored> WithSimd for Work<'_, '_, E> {
@@ -495,8 +560,8 @@ impl<E: Stored> WithSimd for Work<'_, '_, E> {
             }
             let first = key_block * BLOCK;
             let n = BLOCK.min(n_keys - first);
-            self.scratch.key.fill(E::Real::default());
-            self.scratch.value.fill(E::Real::default());
+            self.memory.key.fill(E::Real::default());
+            self.memory.value.fill(E::Real::default());
             for block in blocks(pass.problem.schedule.masks(), column) {
                 // Safety: the blocks are the layout's, and the buffers are made for its part.
                 unsafe { self.pair(simd, &block, key_block) };
@@ -504,14 +569,14 @@ impl<E: Stored> WithSimd for Work<'_, '_, E> {
             let order = pass.part.key_order();
             add_rows(
                 self.d_key,
-                &self.scratch.key[..n * d_head],
+                &self.memory.key[..n * d_head],
                 d_head,
                 first,
                 order,
             );
             add_rows(
                 self.d_value,
-                &self.scratch.value[..n * d_value],
+                &self.memory.value[..n * d_value],
                 d_value,
                 first,
                 order,
@@ -531,12 +596,12 @@ impl<E: Stored> Work<'_, '_, E> {
         let n_queries = BLOCK.min(pass.n_queries() - first_query);
         let n_keys = pass.part.key_length() - first_key;
         let n_keys = BLOCK.min(n_keys);
-        let scores = self.scratch.scores.as_mut_ptr();
-        let weights = self.scratch.weights.as_mut_ptr();
+        let scores = self.memory.scores.as_mut_ptr();
+        let weights = self.memory.weights.as_mut_ptr();
         // Safety: all pointers are to whole blocks of buffers that are padded to whole blocks and vectors.
         unsafe {
-            let query = pass.queries.as_ptr().add(first_query * d_head);
-            let d_output = pass.d_outputs.as_ptr().add(first_query * d_value);
+            let query = pass.queries.queries.as_ptr().add(first_query * d_head);
+            let d_output = pass.queries.d_outputs.as_ptr().add(first_query * d_value);
             let key = pass.packed.keys.as_ptr().add(first_key * d_head);
             let key_columns = pass
                 .packed
@@ -550,50 +615,69 @@ impl<E: Stored> Work<'_, '_, E> {
                 .add(first_key * sizes.d_value);
             let d_query = self.d_query[first_query * d_head..][..n_queries * d_head].as_mut_ptr();
 
-            tile::product::<_, S, false>(
-                simd,
-                [n_queries, BLOCK, sizes.d_head],
-                Left::new(query, d_head, 1),
-                Rows::new(key_columns, BLOCK),
-                Rows::new(scores, BLOCK),
-            );
-            tile::product::<_, S, false>(
-                simd,
-                [n_queries, BLOCK, sizes.d_value],
-                Left::new(d_output, d_value, 1),
-                Rows::new(value_columns, BLOCK),
-                Rows::new(weights, BLOCK),
-            );
-            for i in 0..n_queries {
-                self.row(simd, i, block, key_block);
+            let d_value_sums = self.memory.value.as_mut_ptr();
+            let d_key_sums = self.memory.key.as_mut_ptr();
+
+            for strip in block.strips(n_queries).iter() {
+                let (row, first, n) = (strip.first_row, strip.first_key, strip.n_rows);
+                let n_there = strip.n_keys.min(n_keys - first);
+                let query = query.add(row * d_head);
+                let d_output = d_output.add(row * d_value);
+                let scores = scores.add(row * BLOCK + first);
+                let weights = weights.add(row * BLOCK + first);
+                tile::product::<_, S, false>(
+                    simd,
+                    [n, strip.n_keys, sizes.d_head],
+                    Left::new(query, d_head, 1),
+                    Rows::new(key_columns.add(first), BLOCK),
+                    Rows::new(scores, BLOCK),
+                );
+                tile::product::<_, S, false>(
+                    simd,
+                    [n, strip.n_keys, sizes.d_value],
+                    Left::new(d_output, d_value, 1),
+                    Rows::new(value_columns.add(first), BLOCK),
+                    Rows::new(weights, BLOCK),
+                );
+                for i in row..row + n {
+                    self.row(simd, i, block, key_block, first..first + strip.n_keys);
+                }
+                tile::product::<_, S, true>(
+                    simd,
+                    [n_there, d_value, n],
+                    Left::new(weights, 1, BLOCK),
+                    Rows::new(d_output, d_value),
+                    Rows::new(d_value_sums.add(first * d_value), d_value),
+                );
+                tile::product::<_, S, true>(
+                    simd,
+                    [n_there, d_head, n],
+                    Left::new(scores, 1, BLOCK),
+                    Rows::new(query, d_head),
+                    Rows::new(d_key_sums.add(first * d_head), d_head),
+                );
+                tile::product::<_, S, true>(
+                    simd,
+                    [n, d_head, n_there],
+                    Left::new(scores, BLOCK, 1),
+                    Rows::new(key.add(first * d_head), d_head),
+                    Rows::new(d_query.add(row * d_head), d_head),
+                );
             }
-            tile::product::<_, S, true>(
-                simd,
-                [n_keys, d_value, n_queries],
-                Left::new(weights, 1, BLOCK),
-                Rows::new(d_output, d_value),
-                Rows::new(self.scratch.value.as_mut_ptr(), d_value),
-            );
-            tile::product::<_, S, true>(
-                simd,
-                [n_keys, d_head, n_queries],
-                Left::new(scores, 1, BLOCK),
-                Rows::new(query, d_head),
-                Rows::new(self.scratch.key.as_mut_ptr(), d_head),
-            );
-            tile::product::<_, S, true>(
-                simd,
-                [n_queries, d_head, n_keys],
-                Left::new(scores, BLOCK, 1),
-                Rows::new(key, d_head),
-                Rows::new(d_query, d_head),
-            );
         }
     }
 
-    /// Turns the products of one query into gradients of scores, and the gradients of its weights into weights.
+    /// Turns the products of one query with some keys into gradients of scores, and the gradients of its weights into
+    /// weights.
     #[inline(always)]
-    unsafe fn row<S: Simd>(&mut self, simd: S, i: usize, block: &Block<'_>, key_block: usize) {
+    unsafe fn row<S: Simd>(
+        &mut self,
+        simd: S,
+        i: usize,
+        block: &Block<'_>,
+        key_block: usize,
+        keys: Range<usize>,
+    ) {
         let lanes = lanes::<E::Real, S>();
         let pass = self.pass;
         let row_in_part = block.index * BLOCK + i;
@@ -608,16 +692,16 @@ impl<E: Stored> Work<'_, '_, E> {
         );
         // Safety: rows of BLOCK elements, a multiple of the lanes.
         unsafe {
-            let scores = self.scratch.scores.as_mut_ptr().add(i * BLOCK);
-            let weights = self.scratch.weights.as_mut_ptr().add(i * BLOCK);
+            let scores = self.memory.scores.as_mut_ptr().add(i * BLOCK);
+            let weights = self.memory.weights.as_mut_ptr().add(i * BLOCK);
             if !pass.head.is_plain() || place.visible.is_some() {
-                let slopes = self.scratch.cap_slopes.as_mut_ptr();
+                let slopes = self.memory.cap_slopes.as_mut_ptr();
                 pass.head.apply(simd, &place, scores, Some(slopes));
             }
             let kept = pass.head.kept(&place);
-            let lse = E::Real::splat(simd, pass.log_sum_exp[row_in_part]);
-            let delta = E::Real::splat(simd, pass.delta[row_in_part]);
-            for j in (0..BLOCK).step_by(lanes) {
+            let lse = E::Real::splat(simd, pass.queries.rows.log_sum_exp[row_in_part]);
+            let delta = E::Real::splat(simd, pass.queries.rows.delta[row_in_part]);
+            for j in keys.clone().step_by(lanes) {
                 let score = E::Real::load(simd, scores.add(j));
                 let mut weight = E::Real::vexp(simd, E::Real::vsub(simd, score, lse));
                 let mut d_weight = E::Real::load(simd, weights.add(j));
@@ -634,15 +718,15 @@ impl<E: Stored> Work<'_, '_, E> {
             if let (Some((bias, _)), true) = (&pass.head.bias, self.outputs.with_bias) {
                 let [_, _, n_queries, n_keys] = bias.dims();
                 let row = (pass.bias_row * n_queries + place.query) * n_keys;
-                for j in 0..pass.head.n_keys(&place) {
+                for j in keys.start..keys.end.min(pass.head.n_keys(&place)) {
                     let at = row + pass.head.key(&place, j);
                     // All heads that see this bias are in one task.
                     self.outputs.bias.part(at, 1)[0] += *scores.add(j);
                 }
             }
             if pass.head.cap.is_some() {
-                for j in (0..BLOCK).step_by(lanes) {
-                    let slope = E::Real::load(simd, self.scratch.cap_slopes.as_ptr().add(j));
+                for j in keys.clone().step_by(lanes) {
+                    let slope = E::Real::load(simd, self.memory.cap_slopes.as_ptr().add(j));
                     let d_score = E::Real::load(simd, scores.add(j));
                     E::Real::store(simd, scores.add(j), E::Real::vmul(simd, d_score, slope));
                 }

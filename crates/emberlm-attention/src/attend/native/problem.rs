@@ -105,6 +105,16 @@ pub(super) fn padded(width: usize) -> usize {
     width.next_multiple_of(16)
 }
 
+/// Elements of `n_rows` packed rows.
+pub(super) fn packed_rows(n_rows: usize, width: usize) -> usize {
+    n_rows.next_multiple_of(BLOCK) * padded(width)
+}
+
+/// Elements of `n_rows` packed columns.
+pub(super) fn packed_columns(n_rows: usize, width: usize) -> usize {
+    n_rows.next_multiple_of(BLOCK) * width
+}
+
 /// The rows of one head in the order of a part, in private memory: `[n rows, to whole blocks][padded width]`.
 ///
 /// Rows and columns beyond the ends are zero.
@@ -113,13 +123,12 @@ pub(super) fn pack_rows<E: Stored>(
     [batch, head]: [usize; 2],
     order: Option<&[u32]>,
     scale: E::Real,
-) -> Vec<E::Real> {
+    to: &mut Vec<E::Real>,
+) {
     let [_, _, length, width] = view.dims();
     let n_rows = order.map_or(length, <[u32]>::len);
-    let width = padded(width);
-    let mut rows = vec![E::Real::default(); n_rows.next_multiple_of(BLOCK) * width];
-    copy_rows(view, [batch, head], order, scale, width, n_rows, &mut rows);
-    rows
+    to.resize(packed_rows(n_rows, width), E::Real::default());
+    copy_rows(view, [batch, head], order, scale, to);
 }
 
 kernel! {
@@ -129,28 +138,33 @@ kernel! {
         at: [usize; 2],
         order: Option<&'a [u32]>,
         scale: E::Real,
-        width: usize,
-        n_rows: usize,
         rows: &'a mut [E::Real],
     ) -> () {
-        for (i, row) in rows.chunks_exact_mut(width).take(n_rows).enumerate() {
+        let [_, _, length, width] = view.dims();
+        let n_rows = order.map_or(length, <[u32]>::len);
+        let (rows, beyond) = rows.split_at_mut(n_rows * padded(width));
+        for (i, row) in rows.chunks_exact_mut(padded(width)).enumerate() {
             let position = order.map_or(i, |order| order[i] as usize);
             view.copy_row([at[0], at[1], position], scale, row);
+            row[width..].fill(E::Real::default());
         }
+        beyond.fill(E::Real::default());
     }
 }
 
 /// The rows of one head in the order of a part, block by block transposed: `[n blocks][width][BLOCK]`.
+///
+/// Columns beyond the end are zero.
 pub(super) fn pack_columns<E: Stored>(
     view: View<'_, E>,
     [batch, head]: [usize; 2],
     order: Option<&[u32]>,
-) -> Vec<E::Real> {
+    to: &mut Vec<E::Real>,
+) {
     let [_, _, length, width] = view.dims();
     let n_rows = order.map_or(length, <[u32]>::len);
-    let mut columns = vec![E::Real::default(); n_rows.div_ceil(BLOCK) * width * BLOCK];
-    copy_columns(view, [batch, head], order, width, n_rows, &mut columns);
-    columns
+    to.resize(packed_columns(n_rows, width), E::Real::default());
+    copy_columns(view, [batch, head], order, to);
 }
 
 /// Rows that are exchanged with columns at once: their elements stay in the first cache.
@@ -162,15 +176,18 @@ kernel! {
         view: View<'a, E>,
         at: [usize; 2],
         order: Option<&'a [u32]>,
-        width: usize,
-        n_rows: usize,
         columns: &'a mut [E::Real],
     ) -> () {
+        let [_, _, length, width] = view.dims();
+        let n_rows = order.map_or(length, <[u32]>::len);
         let mut strip = vec![E::Real::default(); STRIP * width];
         for (block, panel) in columns.chunks_exact_mut(width * BLOCK).enumerate() {
-            let n = BLOCK.min(n_rows - block * BLOCK);
-            for first in (0..n).step_by(STRIP) {
-                let n = STRIP.min(n - first);
+            let n_there = BLOCK.min(n_rows - block * BLOCK);
+            for column in panel.chunks_exact_mut(BLOCK) {
+                column[n_there..].fill(E::Real::default());
+            }
+            for first in (0..n_there).step_by(STRIP) {
+                let n = STRIP.min(n_there - first);
                 for (j, row) in strip.chunks_exact_mut(width).take(n).enumerate() {
                     let i = block * BLOCK + first + j;
                     let position = order.map_or(i, |order| order[i] as usize);

@@ -141,15 +141,19 @@ impl<'a, E: Stored> Head<'a, E> {
                 }
             }
             if let Some(visible) = row.visible {
+                // Of a row that sees nothing, 64 zeros before the first key.
+                let first = visible.trailing_zeros() as usize;
+                let end = BLOCK - visible.leading_zeros() as usize;
+                let scores = std::slice::from_raw_parts_mut(scores, BLOCK);
+                scores[..first].fill(E::Real::NEG_INFINITY);
+                scores[end..].fill(E::Real::NEG_INFINITY);
                 let mut hidden = !visible;
-                if hidden == u64::MAX {
-                    std::slice::from_raw_parts_mut(scores, BLOCK).fill(E::Real::NEG_INFINITY);
-                    hidden = 0;
-                }
-                while hidden != 0 {
-                    let j = hidden.trailing_zeros() as usize;
-                    *scores.add(j) = E::Real::NEG_INFINITY;
-                    hidden &= hidden - 1;
+                if first < end {
+                    hidden &= (u64::MAX << first) & (u64::MAX >> (BLOCK - end));
+                    while hidden != 0 {
+                        scores[hidden.trailing_zeros() as usize] = E::Real::NEG_INFINITY;
+                        hidden &= hidden - 1;
+                    }
                 }
             }
         }

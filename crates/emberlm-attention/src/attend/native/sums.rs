@@ -58,15 +58,6 @@ impl<R: Real> Sums<R> {
             values: &mut self.values[i * self.width..(i + 1) * self.width],
         }
     }
-
-    pub(super) fn share(&mut self) -> SharedSums<'_, R> {
-        SharedSums {
-            width: self.width,
-            maxima: Shared::new(&mut self.maxima),
-            totals: Shared::new(&mut self.totals),
-            values: Shared::new(&mut self.values),
-        }
-    }
 }
 
 impl<'a, R: Real> SharedSums<'a, R> {
