@@ -115,6 +115,7 @@ impl LongformerAttentionConfig {
             n_heads: self.n_heads,
             rotary: self.rotary.clone(),
             tokens: self.global.clone(),
+            causal: self.causal,
             local: self.local(),
             of_global: self.scores(Pattern::GlobalQueries(self.global.clone())),
         }
@@ -201,6 +202,7 @@ pub struct LongformerAttention {
     rotary: Option<RotaryConfig>,
     #[module(skip)]
     tokens: Global,
+    causal: bool,
     #[module(skip)]
     local: Scores,
     #[module(skip)]
@@ -229,7 +231,7 @@ impl LongformerAttention {
 
     /// Query of the global tokens alone, not turned.
     fn global_queries(&self, x: Tensor<3>, rows: &GlobalRows) -> Tensor<4> {
-        let indices = rows.indices(&x.device());
+        let indices = to_indices(&rows.all(), &x.device());
         self.split(project(&self.global_query, x.select(1, indices)))
     }
 
@@ -285,22 +287,53 @@ impl LongformerAttention {
         [query, key, value]: [Tensor<4>; 3],
         (scores, absolute, context): (&Scores, &Context, &Context),
     ) -> Tensor<4> {
-        let indices = rows.indices(&local.device());
-        let (n_queries, n_global) = (query.dims()[2], indices.dims()[0]);
+        let all = rows.all();
+        let (n_queries, n_global) = (query.dims()[2], all.len());
         assert!(
             n_queries == n_global,
             "global: {n_queries} queries, but {n_global} tokens are global"
         );
-        // Queries that are not global see nothing, and so may be anything.
-        let query = Tensor::zeros(local.dims(), (&local.device(), local.dtype())).select_assign(
-            2,
-            indices,
-            query,
-            IndexingUpdateOp::Add,
-        );
-        let [query] = self.turn([query], absolute);
-        let global = scores.attend_heads([query, key, value], &context.fold(GLOBAL));
-        local.clone().mask_where(rows.mask(&local), global)
+        let indices = to_indices(&all, &local.device());
+        // At their positions; queries that are not global may be anything.
+        let spread = |query: Tensor<4>| {
+            let zeros = Tensor::zeros(local.dims(), (&local.device(), local.dtype()));
+            zeros.select_assign(2, indices.clone(), query, IndexingUpdateOp::Add)
+        };
+        let turned = |query: Tensor<4>| {
+            let [query] = self.turn([spread(query)], absolute);
+            query
+        };
+        let context = context.fold(GLOBAL);
+        let outputs = if self.sees_by_position() {
+            let outputs = scores.attend_heads([turned(query), key, value], &context);
+            outputs.select(2, indices.clone())
+        } else {
+            let query = match &self.rotary {
+                Some(_) => turned(query).select(2, indices.clone()),
+                None => query,
+            };
+            let scores = Scores {
+                pattern: Pattern::full(),
+                ..scores.clone()
+            };
+            scores.attend_heads([query, key, value], &context.of_queries(&all))
+        };
+        // In the order in which attention leaves its output.
+        let [local, outputs] = [local, outputs].map(|x| x.swap_dims(1, 2));
+        let outputs = match rows.mask(&outputs) {
+            None => outputs,
+            Some(is_global) => {
+                let of_window = local.clone().select(1, indices.clone());
+                of_window.mask_where(is_global, outputs)
+            }
+        };
+        let joined = local.select_assign(1, indices, outputs, IndexingUpdateOp::Assign);
+        joined.swap_dims(1, 2)
+    }
+
+    /// Whether it matters where a global query stands.
+    fn sees_by_position(&self) -> bool {
+        self.causal || self.of_global.alibi.is_some()
     }
 
     /// The global tokens among the queries, if there are any.
@@ -396,24 +429,32 @@ struct GlobalRows(Vec<Vec<usize>>);
 
 impl GlobalRows {
     /// Those that are global in any batch row.
-    fn indices(&self, device: &Device) -> Tensor<1, Int> {
+    fn all(&self) -> Vec<usize> {
         let mut all = self.0.concat();
         all.sort_unstable();
         all.dedup();
-        let all: Vec<i64> = all.into_iter().map(|row| row as i64).collect();
-        let n = all.len();
-        Tensor::from_data(TensorData::new(all, [n]), device)
+        all
     }
 
-    /// Over the outputs of all heads.
-    fn mask(&self, outputs: &Tensor<4>) -> Tensor<4, Bool> {
-        let dims = outputs.dims();
-        let n_queries = dims[2];
-        let mut mask = vec![false; self.0.len() * n_queries];
-        for (mask, rows) in mask.chunks_mut(n_queries).zip(&self.0) {
-            rows.iter().for_each(|row| mask[*row] = true);
+    /// Which of them are in each batch row, over `[batch_size, n_global, n_heads, d_head]`; nothing where all are in all.
+    fn mask(&self, outputs: &Tensor<4>) -> Option<Tensor<4, Bool>> {
+        let all = self.all();
+        if self.0.iter().all(|rows| *rows == all) {
+            return None;
         }
-        let mask = TensorData::new(mask, [self.0.len(), 1, n_queries, 1]);
-        Tensor::<4, Bool>::from_data(mask, &outputs.device()).expand(dims)
+        let in_row = |rows: &Vec<usize>| {
+            let is_there = |row| rows.binary_search(row).is_ok();
+            all.iter().map(is_there).collect::<Vec<_>>()
+        };
+        let mask: Vec<bool> = self.0.iter().flat_map(in_row).collect();
+        let mask = TensorData::new(mask, [self.0.len(), all.len(), 1, 1]);
+        let mask = Tensor::<4, Bool>::from_data(mask, &outputs.device());
+        Some(mask.expand(outputs.dims()))
     }
+}
+
+fn to_indices(rows: &[usize], device: &Device) -> Tensor<1, Int> {
+    let rows: Vec<i64> = rows.iter().map(|row| *row as i64).collect();
+    let n = rows.len();
+    Tensor::from_data(TensorData::new(rows, [n]), device)
 }

@@ -482,6 +482,58 @@ fn longformer_asks_for_the_heads_of_global_tokens() {
     attention.attend_heads(heads, None, &Context::new(Lengths::square(9)));
 }
 
+/// Global queries are gathered where it does not matter where they stand. ALiBi with slopes of zero changes nothing, but
+/// leaves them in their places.
+#[test]
+fn global_queries_attend_alone_as_in_their_places() {
+    let device = device().autodiff();
+    let n = 14;
+    let base = LongformerAttentionConfig::new(D_MODEL, N_HEADS, Window::one_sided(2));
+    let globals = vec![vec![0, 9], vec![2, 9]];
+    let hidden = [13, 8].map(|end| (0..n).map(|key| key >= end).collect());
+    let data = BatchData::new().with_hidden_keys(hidden.to_vec());
+    let documents = vec![vec![0; n], [vec![0; 6], vec![1; 8]].concat()];
+    let packed = (data.clone().with_documents(documents)).with_globals(globals);
+    let bias = random([1, N_HEADS, n, n], 3, DType::F64, &device);
+    let first = base.clone().with_global(Global::First(2));
+    for (config, data, bias) in [
+        (first.clone(), data.clone(), None),
+        (first.clone(), data.clone(), Some(bias.clone())),
+        (first.with_rotary(Some(rotary())), data, None),
+        (base.with_global(Global::Batch), packed, Some(bias)),
+    ] {
+        let context = Context::new(Lengths::square(n)).with_data(2, data);
+        let context = context.with_bias(bias);
+        let alone: LongformerAttention = to_f64(config.init(&device));
+        let in_place = config.with_alibi(Some(vec![0.0; N_HEADS]));
+        let in_place = in_place.init(&device);
+        let in_place: LongformerAttention = in_place.load_record(alone.clone().into_record());
+        let results = [alone, in_place].map(|attention| {
+            let x = random([2, n, D_MODEL], 1, DType::F64, &device).require_grad();
+            let y = attention.forward(x.clone(), &context);
+            let cotangent = random([2, n, D_MODEL], 2, DType::F64, &device);
+            let gradients = (y.clone() * cotangent).sum().backward();
+            let of = |linear: &burn::nn::Linear| linear.weight.val().grad(&gradients).unwrap();
+            let of_weights = [
+                of(&attention.query),
+                of(&attention.global_query),
+                of(&attention.global_key),
+                of(&attention.global_value),
+            ];
+            (y.inner(), x.grad(&gradients).unwrap(), of_weights)
+        });
+        let [
+            (y, d_x, d_weights),
+            (expected, expected_d_x, expected_d_weights),
+        ] = results;
+        assert_close(y, expected, 1e-12);
+        assert_close(d_x, expected_d_x, 1e-12);
+        for (found, expected) in d_weights.into_iter().zip(expected_d_weights) {
+            assert_close(found, expected, 1e-12);
+        }
+    }
+}
+
 #[test]
 fn batch_rows_have_global_tokens_of_their_own() {
     let device = device();

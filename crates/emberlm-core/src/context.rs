@@ -175,6 +175,49 @@ impl Context {
         })
     }
 
+    /// Some of the queries alone, of all batch rows, for what does not go by their positions: they stand one after another
+    /// from position zero on. Bias, documents, tokens and hidden keys stay theirs; dropout is drawn for the new places.
+    ///
+    /// ```
+    /// use emberlm_core::{Context, Lengths, Pattern};
+    ///
+    /// let context = Context::new(Lengths::square(5)).of_queries(&[1, 4]);
+    /// let schedule = context.schedule(&Pattern::full(), 1)?;
+    /// assert_eq!(schedule.statistics().n_visible, 2 * 5);
+    /// # Ok::<(), emberlm_core::PatternError>(())
+    /// ```
+    ///
+    /// # Panics
+    ///
+    /// If there is no such query.
+    pub fn of_queries(&self, queries: &[usize]) -> Self {
+        let first = self.lengths.first_position;
+        let there = first..self.lengths.query_end();
+        let positions: Vec<usize> = queries.iter().map(|query| first + query).collect();
+        for position in &positions {
+            assert!(
+                there.contains(position),
+                "queries: there is none at position {position}, they are at {there:?}"
+            );
+        }
+        let mut context = self.clone();
+        context.lengths.first_position = 0;
+        context.lengths.query_length = queries.len();
+        context.data = Arc::new(self.data.of_queries(&positions));
+        context.left_padding = None;
+        context.schedules = Arc::default();
+        let indices = |device: &Device| {
+            let indices = queries.iter().map(|query| *query as i64).collect();
+            let indices = TensorData::new::<i64, _>(indices, [queries.len()]);
+            Tensor::<1, Int>::from_data(indices, device)
+        };
+        let bias = self.bias.clone();
+        context.bias = bias.map(|bias| bias.clone().select(2, indices(&bias.device())));
+        let tokens = self.tokens.clone();
+        context.tokens = tokens.map(|all| all.clone().select(1, indices(&all.device())));
+        context
+    }
+
     /// Which of the queries are padding, row after row; nothing where none is.
     pub fn padding(&self) -> Option<Vec<bool>> {
         self.data.hidden_keys(0)?;

@@ -81,6 +81,20 @@ impl BatchData {
         }
     }
 
+    /// What is known of the queries at some positions, which then stand one after another from position zero on.
+    pub(crate) fn of_queries(&self, positions: &[usize]) -> Self {
+        let documents = self
+            .query_documents
+            .as_ref()
+            .or(self.key_documents.as_ref());
+        let pick = |all: &Vec<u32>| positions.iter().map(|position| all[*position]).collect();
+        Self {
+            query_documents: documents.map(|rows| rows.iter().map(pick).collect()),
+            globals: None,
+            ..self.clone()
+        }
+    }
+
     /// Whether positions have documents.
     pub(crate) fn has_documents(&self) -> bool {
         self.key_documents.is_some()
