@@ -48,8 +48,7 @@ impl<P> Rows<P> {
 
 /// `c = a b`, or `c += a b` if `ADD`; `a` is `m x k`, `b` is `k x n`, `c` is `m x n`.
 ///
-/// Six rows by two vectors of `c` stay in registers while `k` runs, which reaches nine tenths of the machine's
-/// arithmetic where `b` lies in its first-level cache.
+/// Six rows by two vectors of `c`, by four where the machine has 32 registers, stay in them while `k` runs.
 ///
 /// # Safety
 ///
@@ -68,6 +67,11 @@ pub unsafe fn product<T: Real, S: Simd, const ADD: bool>(
     let mut j = 0;
     // Safety: every block lies inside the matrices, whose bounds the caller vouches for.
     unsafe {
+        // Vectors of 64 bytes are those of AVX-512.
+        while size_of::<T>() * lanes == 64 && j + 4 * lanes <= n {
+            column::<T, S, 4, ADD>(simd, m, k, a, b.column(j), c.column_mut(j));
+            j += 4 * lanes;
+        }
         while j + 2 * lanes <= n {
             column::<T, S, 2, ADD>(simd, m, k, a, b.column(j), c.column_mut(j));
             j += 2 * lanes;
