@@ -14,7 +14,7 @@ use std::ops::Range;
 
 use emberlm_core::{Layout, Part};
 use emberlm_kernels::{
-    Buffer, Real, Scratch, Shared, Stored, View, each_vector, kernel, lanes,
+    Buffer, Real, Scratch, Shared, Stored, View, kernel, lanes,
     tile::{self, Left, Rows},
 };
 use pulp::{Arch, Simd, WithSimd};
@@ -22,10 +22,9 @@ use rayon::prelude::*;
 
 use super::{
     BLOCK,
+    backward_memory::{Memory, PackedKeys, PackedQueries, PairMemory, adds_once, set_to_zeros},
     blocks::{Block, blocks},
-    problem::{
-        Problem, Sizes, pack_columns, pack_rows, packed_columns, packed_rows, padded, positions,
-    },
+    problem::{Problem, Sizes, padded, positions},
     scores::{Head, Row},
 };
 
@@ -153,82 +152,6 @@ fn tasks(sizes: &Sizes, bias_dims: Option<[usize; 4]>) -> Vec<Vec<usize>> {
     tasks
 }
 
-/// Private memory of a task.
-struct Memory<R> {
-    sums: HeadSums<R>,
-    rows: QueryRows<R>,
-    /// Of each part.
-    keys: Vec<PackedKeys<R>>,
-    queries: PackedQueries<R>,
-    /// Gradient of the queries, in the order of a part.
-    d_query: Vec<R>,
-    pair: PairMemory<R>,
-}
-
-/// What is summed over blocks, in the order of the sequence.
-struct HeadSums<R> {
-    query: Vec<R>,
-    key: Vec<R>,
-    value: Vec<R>,
-}
-
-impl<R: Real> Memory<R> {
-    /// With room for what tasks put there.
-    fn with_room<E: Stored<Real = R>>(problem: &Problem<'_, E>) -> Self {
-        let sizes = problem.sizes();
-        let (d_head, d_value) = (padded(sizes.d_head), padded(sizes.d_value));
-        let parts = problem.schedule.parts();
-        let (n_queries, n_keys) = (sizes.query_length, sizes.key_length);
-        let of_parts = || parts.iter().map(Part::query_length);
-        let n_ordered =
-            (parts.iter().filter(|part| part.query_order().is_some())).map(Part::query_length);
-        let room = Vec::with_capacity;
-        let zeros = |n| vec![R::default(); n];
-        Self {
-            sums: HeadSums {
-                query: room(n_queries * d_head),
-                key: room(n_keys * d_head),
-                value: room(n_keys * d_value),
-            },
-            rows: QueryRows {
-                log_sum_exp: room(n_queries),
-                delta: room(n_queries),
-            },
-            keys: (parts.iter().map(Part::key_length))
-                .map(|n| PackedKeys {
-                    keys: room(packed_rows(n, sizes.d_head)),
-                    key_columns: room(packed_columns(n, sizes.d_head)),
-                    value_columns: room(packed_columns(n, sizes.d_value)),
-                })
-                .collect(),
-            queries: {
-                let n = of_parts().max().unwrap_or(0);
-                PackedQueries {
-                    queries: room(packed_rows(n, sizes.d_head)),
-                    d_outputs: room(packed_rows(n, sizes.d_value)),
-                    rows: QueryRows {
-                        log_sum_exp: room(n),
-                        delta: room(n),
-                    },
-                }
-            },
-            d_query: room(n_ordered.max().unwrap_or(0) * d_head),
-            pair: PairMemory {
-                scores: zeros(BLOCK * BLOCK),
-                weights: zeros(BLOCK * BLOCK),
-                cap_slopes: zeros(BLOCK),
-                key: zeros(BLOCK * d_head),
-                value: zeros(BLOCK * d_value),
-            },
-        }
-    }
-}
-
-fn set_to_zeros<R: Real>(sums: &mut Vec<R>, n: usize) {
-    sums.clear();
-    sums.resize(n, R::default());
-}
-
 /// Some heads after another; those of one key/value head follow each other.
 fn run_heads<E: Stored>(
     problem: &Problem<'_, E>,
@@ -241,6 +164,7 @@ fn run_heads<E: Stored>(
     let sizes = problem.sizes();
     let (d_head, d_value) = (padded(sizes.d_head), padded(sizes.d_value));
     let group = sizes.n_heads / sizes.n_kv_heads;
+    let adds_once = adds_once(problem);
     let Memory {
         sums,
         rows,
@@ -257,8 +181,10 @@ fn run_heads<E: Stored>(
             for (keys, parts) in keys.iter_mut().zip(parts) {
                 keys.pack(problem, parts.part, at);
             }
-            set_to_zeros(&mut sums.key, sizes.key_length * d_head);
-            set_to_zeros(&mut sums.value, sizes.key_length * d_value);
+            if !adds_once {
+                set_to_zeros(&mut sums.key, sizes.key_length * d_head);
+                set_to_zeros(&mut sums.value, sizes.key_length * d_value);
+            }
         }
         rows.fill(problem, saved, [batch, head]);
         for (PartPositions { part, keys }, packed) in parts.iter().zip(&*keys) {
@@ -286,12 +212,13 @@ fn run_heads<E: Stored>(
                     None => &mut sums.query,
                     Some(_) => d_query,
                 },
-                d_key: &mut sums.key,
-                d_value: &mut sums.value,
+                sums: (!adds_once).then_some([&mut sums.key, &mut sums.value]),
+                key_head: [batch, sizes.kv_head(head), sizes.n_kv_heads],
                 memory: pair,
             });
             if order.is_some() {
-                add_rows(&mut sums.query, d_query, d_head, 0, order);
+                let all = Place::all(sizes.query_length);
+                add_rows(&mut sums.query, d_query, d_head, Place { order, ..all });
             }
         }
         let one = E::Real::from_f64(1.0);
@@ -301,35 +228,64 @@ fn run_heads<E: Stored>(
                 outputs.sinks.part(head_row, 1)[0] = rows.d_sink(sink);
             }
             let at = [batch, head, sizes.n_heads];
+            let scale = problem.scores.scale;
             write(
                 &outputs.query,
                 at,
                 &sums.query,
                 sizes.d_head,
-                problem.scores.scale,
+                scale,
+                Place::all(sizes.query_length),
             );
-            if (i + 1) % group == 0 {
+            if (i + 1) % group == 0 && !adds_once {
                 let at = [batch, sizes.kv_head(head), sizes.n_kv_heads];
-                write(&outputs.key, at, &sums.key, sizes.d_head, one);
-                write(&outputs.value, at, &sums.value, sizes.d_value, one);
+                let place = Place::all(sizes.key_length);
+                write(&outputs.key, at, &sums.key, sizes.d_head, one, place);
+                write(&outputs.value, at, &sums.value, sizes.d_value, one, place);
             }
         }
     }
 }
 
-/// Writes the rows of one head, times `scale`, into `[batch_size, length, n_heads, width]`.
+/// Where some rows stand in a sequence.
+#[derive(Debug, Clone, Copy)]
+struct Place<'a> {
+    length: usize,
+    /// The first of the rows, in the order of a part.
+    first: usize,
+    order: Option<&'a [u32]>,
+}
+
+impl Place<'_> {
+    fn all(length: usize) -> Self {
+        Self {
+            length,
+            first: 0,
+            order: None,
+        }
+    }
+
+    #[inline(always)]
+    fn row(&self, i: usize) -> usize {
+        let row = self.first + i;
+        self.order.map_or(row, |order| order[row] as usize)
+    }
+}
+
+/// Writes rows of one head, times `scale`, into `[batch_size, length, n_heads, width]`.
 ///
 /// # Safety
 ///
-/// Nobody else has the rows of this head.
+/// Nobody else has these rows of this head.
 unsafe fn write<E: Stored>(
     to: &Shared<'_, E>,
     at: [usize; 3],
     rows: &[E::Real],
     width: usize,
     scale: E::Real,
+    place: Place<'_>,
 ) {
-    write_rows(to, at, rows, width, scale);
+    write_rows(to, at, rows, width, scale, place);
 }
 
 kernel! {
@@ -340,125 +296,17 @@ kernel! {
         rows: &'a [E::Real],
         width: usize,
         scale: E::Real,
+        place: Place<'a>,
     ) -> () {
         let [batch, head, n_heads] = at;
-        let length = rows.len() / padded(width);
         for (i, row) in rows.chunks_exact(padded(width)).enumerate() {
-            let at = (batch * length + i) * n_heads + head;
+            let at = (batch * place.length + place.row(i)) * n_heads + head;
             // Safety: that of `write`, which is the only caller.
             let to = unsafe { to.part(at * width, width) };
             for (to, x) in to.iter_mut().zip(row) {
                 *to = E::from_real(*x * scale);
             }
         }
-    }
-}
-
-/// What the queries of one head bring.
-struct QueryRows<R> {
-    /// `lse`; zero for a query without keys, whose scores are all hidden.
-    log_sum_exp: Vec<R>,
-    /// `delta - dlse`
-    delta: Vec<R>,
-}
-
-impl<R: Real> QueryRows<R> {
-    /// In the order of the sequence.
-    fn fill<E: Stored<Real = R>>(
-        &mut self,
-        problem: &Problem<'_, E>,
-        saved: &Saved<'_, E>,
-        [batch, head]: [usize; 2],
-    ) {
-        let sizes = problem.sizes();
-        let first = (batch * sizes.n_heads + head) * sizes.query_length;
-        let log_sum_exp = &saved.log_sum_exp[first..][..sizes.query_length];
-        self.delta.resize(sizes.query_length, R::default());
-        dots(
-            saved.output.first_columns(sizes.d_value),
-            saved.d_output.first_columns(sizes.d_value),
-            [batch, head],
-            &mut self.delta,
-        );
-        self.log_sum_exp.clear();
-        for (query, (lse, delta)) in log_sum_exp.iter().zip(&mut self.delta).enumerate() {
-            if *lse == R::NEG_INFINITY {
-                // A query without keys has no gradient, whatever comes from behind.
-                *delta = R::default();
-                self.log_sum_exp.push(R::default());
-                continue;
-            }
-            self.log_sum_exp.push(*lse);
-            if problem.with_log_sum_exp {
-                let at = [batch, head, query, sizes.d_value];
-                *delta = *delta - saved.d_output.at(at).to_real();
-            }
-        }
-    }
-
-    /// Those of `all` in the order of a part.
-    fn pick(&mut self, all: &Self, order: Option<&[u32]>) {
-        for (to, from) in [
-            (&mut self.log_sum_exp, &all.log_sum_exp),
-            (&mut self.delta, &all.delta),
-        ] {
-            to.clear();
-            match order {
-                None => to.extend_from_slice(from),
-                Some(order) => to.extend(order.iter().map(|i| from[*i as usize])),
-            }
-        }
-    }
-
-    /// The gradient of a sink, which has no value: `sum -p delta`.
-    fn d_sink(&self, sink: R) -> R {
-        let mut sum = R::default();
-        for (lse, delta) in self.log_sum_exp.iter().zip(&self.delta) {
-            sum += -((sink - *lse).exp() * *delta);
-        }
-        sum
-    }
-}
-
-/// Keys by rows and by columns, values by columns, in the order of a part: what the heads of a group share.
-struct PackedKeys<R> {
-    keys: Vec<R>,
-    key_columns: Vec<R>,
-    value_columns: Vec<R>,
-}
-
-impl<R: Real> PackedKeys<R> {
-    fn pack<E: Stored<Real = R>>(&mut self, problem: &Problem<'_, E>, part: &Part, at: [usize; 2]) {
-        let (order, one) = (part.key_order(), R::from_f64(1.0));
-        pack_rows(problem.key, at, order, one, &mut self.keys);
-        pack_columns(problem.key, at, order, &mut self.key_columns);
-        pack_columns(problem.value, at, order, &mut self.value_columns);
-    }
-}
-
-/// Of the queries of one head, in the order of a part.
-struct PackedQueries<R> {
-    /// Times the scale.
-    queries: Vec<R>,
-    /// Gradients of the output.
-    d_outputs: Vec<R>,
-    rows: QueryRows<R>,
-}
-
-impl<R: Real> PackedQueries<R> {
-    fn pack<E: Stored<Real = R>>(
-        &mut self,
-        problem: &Problem<'_, E>,
-        saved: &Saved<'_, E>,
-        at: [usize; 2],
-        order: Option<&[u32]>,
-        rows: &QueryRows<R>,
-    ) {
-        let d_output = saved.d_output.first_columns(problem.sizes().d_value);
-        let (scale, one) = (problem.scores.scale, R::from_f64(1.0));
-        pack_rows(problem.query, at, order, scale, &mut self.queries);
-        pack_rows(d_output, at, order, one, &mut self.d_outputs);
-        self.rows.pick(rows, order);
     }
 }
 
@@ -480,57 +328,15 @@ impl<E: Stored> Pass<'_, '_, E> {
     }
 }
 
-kernel! {
-    /// The products of the rows of one head.
-    fn dots<'a, E: Stored>(
-        simd: S,
-        a: View<'a, E>,
-        b: View<'a, E>,
-        at: [usize; 2],
-        to: &'a mut [E::Real],
-    ) -> () {
-        let [.., width] = a.dims();
-        let one = E::Real::from_f64(1.0);
-        let mut row_a = vec![E::Real::default(); width];
-        let mut row_b = row_a.clone();
-        for (i, to) in to.iter_mut().enumerate() {
-            a.copy_row([at[0], at[1], i], one, &mut row_a);
-            b.copy_row([at[0], at[1], i], one, &mut row_b);
-            let mut sum = E::Real::splat(simd, E::Real::default());
-            each_vector!(E::Real, S, width, |j, n| {
-                // Safety: both rows have `n` elements from `j` on.
-                unsafe {
-                    let a = E::Real::load_some(simd, row_a.as_ptr().add(j), n);
-                    let b = E::Real::load_some(simd, row_b.as_ptr().add(j), n);
-                    sum = E::Real::vmul_add(simd, a, b, sum);
-                }
-            });
-            *to = E::Real::reduce_sum(simd, sum);
-        }
-    }
-}
-
-/// Adds rows to those from `first` on, in the order of a part, of a whole sequence.
+/// Adds rows to those of a whole sequence.
 #[inline(always)]
-fn add_rows<R: Real>(to: &mut [R], rows: &[R], width: usize, first: usize, order: Option<&[u32]>) {
+fn add_rows<R: Real>(to: &mut [R], rows: &[R], width: usize, place: Place<'_>) {
     for (i, row) in rows.chunks_exact(width).enumerate() {
-        let at = order.map_or(first + i, |order| order[first + i] as usize);
+        let at = place.row(i);
         for (to, x) in to[at * width..(at + 1) * width].iter_mut().zip(row) {
             *to += *x;
         }
     }
-}
-
-/// What is computed of one pair of blocks, and the sums of one key block.
-struct PairMemory<R> {
-    /// Scores, then their gradients: `[BLOCK queries][BLOCK keys]`.
-    scores: Vec<R>,
-    /// Gradients of the weights, then the weights.
-    weights: Vec<R>,
-    /// Derivatives of the cap, for one row.
-    cap_slopes: Vec<R>,
-    key: Vec<R>,
-    value: Vec<R>,
 }
 
 struct Work<'a, 'b, E: Stored> {
@@ -538,9 +344,10 @@ struct Work<'a, 'b, E: Stored> {
     outputs: &'a Outputs<'a, E>,
     /// In the order of the part.
     d_query: &'a mut [E::Real],
-    /// In the order of the sequence.
-    d_key: &'a mut [E::Real],
-    d_value: &'a mut [E::Real],
+    /// Of keys and values, in the order of the sequence, where blocks add to them; else they are written at once.
+    sums: Option<[&'a mut Vec<E::Real>; 2]>,
+    /// Batch row and head of the keys, and how many heads they have.
+    key_head: [usize; 3],
     memory: &'a mut PairMemory<E::Real>,
 }
 
@@ -555,7 +362,7 @@ impl<E: Stored> WithSimd for Work<'_, '_, E> {
         let n_keys = pass.part.key_length();
         for key_block in 0..n_keys.div_ceil(BLOCK) {
             let column = pass.layout.columns().spans(key_block);
-            if column.is_empty() {
+            if column.is_empty() && self.sums.is_some() {
                 continue;
             }
             let first = key_block * BLOCK;
@@ -566,21 +373,28 @@ impl<E: Stored> WithSimd for Work<'_, '_, E> {
                 // Safety: the blocks are the layout's, and the buffers are made for its part.
                 unsafe { self.pair(simd, &block, key_block) };
             }
-            let order = pass.part.key_order();
-            add_rows(
-                self.d_key,
+            let place = Place {
+                length: sizes.key_length,
+                first,
+                order: pass.part.key_order(),
+            };
+            let (key, value) = (
                 &self.memory.key[..n * d_head],
-                d_head,
-                first,
-                order,
-            );
-            add_rows(
-                self.d_value,
                 &self.memory.value[..n * d_value],
-                d_value,
-                first,
-                order,
             );
+            match &mut self.sums {
+                Some([d_key, d_value_sums]) => {
+                    add_rows(d_key, key, d_head, place);
+                    add_rows(d_value_sums, value, d_value, place);
+                }
+                // Safety: the task is the only one with this head, and each key is in one block.
+                None => unsafe {
+                    let one = E::Real::from_f64(1.0);
+                    let (at, outputs) = (self.key_head, self.outputs);
+                    write(&outputs.key, at, key, sizes.d_head, one, place);
+                    write(&outputs.value, at, value, sizes.d_value, one, place);
+                },
+            }
         }
     }
 }

@@ -7,6 +7,7 @@
 )]
 
 mod backward;
+mod backward_memory;
 mod blocks;
 mod few;
 mod forward;
