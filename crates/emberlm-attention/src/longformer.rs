@@ -304,7 +304,7 @@ impl LongformerAttention {
             query
         };
         let context = context.fold(GLOBAL);
-        let outputs = if self.sees_by_position() {
+        let outputs = if self.attends_in_place() {
             let outputs = scores.attend_heads([turned(query), key, value], &context);
             outputs.select(2, indices.clone())
         } else {
@@ -331,8 +331,8 @@ impl LongformerAttention {
         joined.swap_dims(1, 2)
     }
 
-    /// Whether it matters where a global query stands.
-    fn sees_by_position(&self) -> bool {
+    /// Whether global queries have to stand at their positions when they attend.
+    fn attends_in_place(&self) -> bool {
         self.causal || self.of_global.alibi.is_some()
     }
 

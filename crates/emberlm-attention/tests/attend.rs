@@ -7,8 +7,8 @@ use emberlm_attention::{
     AttendOptions, Implementation, ScoreCap, attend, attend_by, attend_with_log_sum_exp,
 };
 use emberlm_core::{
-    BatchData, BlockSizes, Blockwise, Fixed, Lengths, Pattern, RandomBlocks, RandomKey, Schedule,
-    Strided, Window,
+    BatchData, BlockSizes, Blockwise, Fixed, Global, Lengths, Part, Pattern, RandomBlocks,
+    RandomKey, Schedule, Strided, Window,
 };
 use emberlm_testkit::{assert_close, device, largest_difference, random, same_cases};
 use proptest::prelude::*;
@@ -244,6 +244,80 @@ fn every_pattern_at_odd_lengths() {
             case.check();
         }
     }
+}
+
+/// Queries that stand in one part, in several, or in none.
+#[test]
+fn queries_of_some_parts() {
+    let scattered = || Global::Positions(vec![3, 70, 150]);
+    for pattern in [
+        Pattern::window(Window::one_sided(6)) | Pattern::GlobalQueries(scattered()),
+        Pattern::GlobalQueries(scattered()),
+        Pattern::window(Window::one_sided(6)) | Pattern::Global(scattered()),
+    ] {
+        for sinks in [false, true] {
+            let mut case = Case::new(pattern.clone(), 200);
+            case.sinks = sinks;
+            let schedule = case.schedule();
+            let mut orders = schedule.parts().iter().filter_map(Part::query_order);
+            assert!(orders.any(|order| order.len() < 200), "{pattern}");
+            case.check();
+        }
+    }
+}
+
+/// Where each key stands in one block of keys, its gradient is written at once; zero if no query sees it.
+#[test]
+fn keys_of_one_block() {
+    for length in [65, 200] {
+        let hidden = [
+            vec![false; length],
+            (0..length).map(|key| key >= 64).collect(),
+        ];
+        for pattern in [
+            Pattern::causal(),
+            Pattern::window(Window::one_sided(20)),
+            Pattern::dilated(Window::one_sided(5), 3),
+            Pattern::strided(Strided::column(9)),
+        ] {
+            for data in [
+                BatchData::new(),
+                BatchData::new().with_hidden_keys(hidden.to_vec()),
+            ] {
+                let mut case = Case::new(pattern.clone(), length);
+                case.n_kv_heads = case.n_heads;
+                case.data = data;
+                case.check();
+            }
+        }
+    }
+}
+
+/// Tasks use memory again: what a head that is not a number leaves there must not reach the next one.
+#[test]
+fn a_head_leaves_nothing_for_the_next() {
+    let device = device().autodiff();
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(1);
+    pool.build().expect("one thread").install(|| {
+        for pattern in [Pattern::causal(), Pattern::dilated(Window::one_sided(5), 3)] {
+            let schedule = compile(&pattern, 70);
+            let [query, key, value] = inputs(70, &device).map(|input| {
+                // Batch row 0 is not a number.
+                let spoiled = input.zeros_like().div_scalar(0.0);
+                Tensor::cat(vec![spoiled, input], 0).require_grad()
+            });
+            let leaves = [query.clone(), key.clone(), value.clone()];
+            let (native, options) = (Implementation::Native, AttendOptions::default());
+            let output = attend_by(native, query, key, value, &schedule, &options);
+            let gradients = output.clone().sum().backward();
+            let grads = leaves.map(|leaf| leaf.grad(&gradients).expect("a leaf's"));
+            for result in grads.into_iter().chain([output.inner()]) {
+                let [spoiled, clean] = [0, 1].map(|row| result.clone().narrow(0, row, 1));
+                assert!(spoiled.into_data().iter::<f32>().any(f32::is_nan));
+                assert!(clean.into_data().iter::<f32>().all(f32::is_finite));
+            }
+        }
+    });
 }
 
 /// Every pair of values of two options occurs in one of these cases.

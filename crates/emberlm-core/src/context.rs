@@ -177,6 +177,8 @@ impl Context {
 
     /// Some of the queries alone, of all batch rows, for what does not go by their positions: they stand one after another
     /// from position zero on. Bias, documents, tokens and hidden keys stay theirs; dropout is drawn for the new places.
+    /// It is for attention alone: [`padding`](Self::padding) and [`row_positions`](Self::row_positions) do not know where
+    /// the queries came from.
     ///
     /// ```
     /// use emberlm_core::{Context, Lengths, Pattern};
@@ -189,7 +191,7 @@ impl Context {
     ///
     /// # Panics
     ///
-    /// If there is no such query.
+    /// If there is no such query, or documents do not reach to it.
     pub fn of_queries(&self, queries: &[usize]) -> Self {
         let first = self.lengths.first_position;
         let there = first..self.lengths.query_end();
@@ -211,10 +213,16 @@ impl Context {
             let indices = TensorData::new::<i64, _>(indices, [queries.len()]);
             Tensor::<1, Int>::from_data(indices, device)
         };
-        let bias = self.bias.clone();
-        context.bias = bias.map(|bias| bias.clone().select(2, indices(&bias.device())));
-        let tokens = self.tokens.clone();
-        context.tokens = tokens.map(|all| all.clone().select(1, indices(&all.device())));
+        let bias = context.bias.take();
+        context.bias = bias.map(|bias| {
+            let indices = indices(&bias.device());
+            bias.select(2, indices)
+        });
+        let tokens = context.tokens.take();
+        context.tokens = tokens.map(|tokens| {
+            let indices = indices(&tokens.device());
+            tokens.select(1, indices)
+        });
         context
     }
 
@@ -387,6 +395,40 @@ mod tests {
         let pattern = Pattern::causal() & Pattern::global(vec![0, 7]);
         let schedule = context.schedule(&pattern, 1).unwrap();
         assert_eq!(schedule.statistics().n_visible, 3);
+    }
+
+    #[test]
+    fn some_of_the_queries_keep_what_is_theirs() {
+        let device = Device::flex();
+        let lengths = Lengths::new(3, 5).with_first_position(2);
+        let data = BatchData::new().with_documents(vec![vec![0, 0, 1, 1, 0]]);
+        let bias = Tensor::<1, Int>::arange(0..15, &device).float();
+        let context = Context::new(lengths)
+            .with_data(1, data.clone())
+            .with_bias(Some(bias.reshape([1, 1, 3, 5])))
+            .of_queries(&[0, 2]);
+        // The first is at position 2, in document 1 with two keys; the other at 4, in document 0 with three.
+        let visible = |context: &Context| {
+            let schedule = context.schedule(&Pattern::full(), 1).unwrap();
+            schedule.statistics().n_visible
+        };
+        assert_eq!(visible(&context), 2 + 3);
+        let bias: Vec<f32> = context.bias.unwrap().into_data().iter().collect();
+        assert_eq!(
+            bias,
+            [0.0, 1.0, 2.0, 3.0, 4.0, 10.0, 11.0, 12.0, 13.0, 14.0]
+        );
+        // Queries of documents of their own, by position: two of three see document 0.
+        let data = data.with_query_documents(vec![vec![9, 9, 0, 1, 0]]);
+        let context = Context::new(lengths).with_data(1, data);
+        assert_eq!(visible(&context.of_queries(&[1, 2])), 2 + 3);
+    }
+
+    #[test]
+    #[should_panic(expected = "queries: there is none at position 5")]
+    fn queries_that_are_not_there_cannot_be_picked() {
+        let lengths = Lengths::new(3, 5).with_first_position(2);
+        Context::new(lengths).of_queries(&[3]);
     }
 
     #[test]

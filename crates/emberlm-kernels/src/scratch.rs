@@ -3,8 +3,8 @@ use std::sync::{Mutex, PoisonError};
 /// Private memory of tasks, which is used again by one task after another.
 ///
 /// It is made by the calling thread, whose freed memory programs keep (see
-/// [`keep_freed_memory`](crate::keep_freed_memory)); memory that the threads of a pool make for themselves goes back to
-/// the system with each of them, and comes again page by page.
+/// [`keep_freed_memory`](crate::keep_freed_memory)); what the threads of a pool make and free goes back to the system,
+/// and comes again page by page.
 #[derive(Debug)]
 pub struct Scratch<T, M> {
     free: Mutex<Vec<T>>,
@@ -21,7 +21,7 @@ impl<T, M: Fn() -> T> Scratch<T, M> {
         }
     }
 
-    /// Lends the memory, as the task before left it.
+    /// Lends the memory, new or as the task before left it.
     pub fn lend<O>(&self, work: impl FnOnce(&mut T) -> O) -> O {
         let free = || self.free.lock().unwrap_or_else(PoisonError::into_inner);
         let taken = free().pop();

@@ -191,13 +191,14 @@ struct Unit {
 const ROWS: usize = 512;
 /// Inner width of a unit at most.
 const INNER: usize = 1024;
-/// Columns of a result that a thread adds up at once.
+/// Columns of a result that a thread adds up at once, where several work.
 const COLUMNS: usize = 256;
 /// With at most so many rows a product with a transposed weight is faster where the elements of a column lie together: it
 /// reads the weight once, as it lies, and would else copy it in another order first.
 const FEW_ROWS: usize = 128;
 
-/// With at most so many rows in all, one thread reads the weights as fast as several, which would have to be woken.
+/// Up to so many rows in all are left to one thread: on two cores it reads the weights as fast as both, which would have
+/// to wait for each other twice.
 const ROWS_OF_ONE_THREAD: usize = 8;
 
 /// The units of all experts: expert by expert, in each part by part of the inner width.
@@ -423,7 +424,8 @@ impl Experts {
         self.tokens.len() <= ROWS_OF_ONE_THREAD
     }
 
-    /// Calls for each task with `N` times the memory for what a task holds of any unit.
+    /// Calls for each task, on all threads unless the rows are few, with `N` times the memory for what a task holds of any
+    /// unit.
     fn for_each<T: Sync, R: Real, const N: usize>(
         &self,
         tasks: &[T],
@@ -442,7 +444,7 @@ impl Experts {
         tasks.for_each(|task| scratch.lend(|memory| work(task, memory)));
     }
 
-    /// Calls for parts of the columns of `[n_tokens, d_model]` zeros, on all threads, and returns what these have become.
+    /// Calls for parts of the columns of `[n_tokens, d_model]` zeros, and returns what these have become.
     fn by_columns<R: Real>(
         &self,
         [n_tokens, d_model]: [usize; 2],
@@ -451,7 +453,7 @@ impl Experts {
         let mut sums = vec![R::default(); n_tokens * d_model];
         let to = Shared::new(&mut sums);
         let most = match self.are_few() {
-            true => d_model,
+            true => d_model.max(1),
             false => COLUMNS,
         };
         let parts = cut(d_model, most).map(|range| Columns {
@@ -463,7 +465,7 @@ impl Experts {
         sums
     }
 
-    /// Calls for each unit on all threads.
+    /// Calls for each unit.
     fn for_each_unit<R: Real>(
         &self,
         d_model: usize,
@@ -474,7 +476,7 @@ impl Experts {
         });
     }
 
-    /// The gradients of `n` weights between `d_model` and `d_ff`: calls for each unit on all threads, for those of one
+    /// The gradients of `n` weights between `d_model` and `d_ff`: calls for each unit, for those of one
     /// expert and one part of the inner width after one another; the first of them replaces what is there. Zero for experts
     /// without rows.
     fn of_weights<R: Real>(

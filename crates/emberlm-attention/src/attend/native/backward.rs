@@ -102,7 +102,8 @@ pub(super) fn backward<E: Stored>(
             })
             .collect(),
     };
-    // Safety: each head of the query, and each key/value head, is in one task, which writes all its rows.
+    // Safety: each head of the query, and each key/value head, is in one task, which writes all its rows: those of keys
+    // from its sums, or block by block, where a part's order names each key once.
     let (query, key, value) = unsafe { (query.finish(), key.finish(), value.finish()) };
     Gradients {
         query,

@@ -24,7 +24,7 @@ pub(super) struct Memory<R> {
 /// What is summed over blocks, in the order of the sequence.
 pub(super) struct HeadSums<R> {
     pub(super) query: Vec<R>,
-    /// Empty where each key's gradient is complete after one block: see [`adds_once`].
+    /// This and the next are empty where each key's gradient is complete after one block: see [`adds_once`].
     pub(super) key: Vec<R>,
     pub(super) value: Vec<R>,
 }
@@ -104,7 +104,7 @@ pub(super) struct QueryRows<R> {
 }
 
 impl<R: Real> QueryRows<R> {
-    /// In the order of the sequence.
+    /// Makes them those of one head, in the order of the sequence.
     pub(super) fn fill<E: Stored<Real = R>>(
         &mut self,
         problem: &Problem<'_, E>,

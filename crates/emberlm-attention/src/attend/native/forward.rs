@@ -72,8 +72,9 @@ fn visits(parts: &[Part], query_length: usize) -> Vec<Option<Visits>> {
     let mut visits: Vec<Option<Visits>> = vec![None; query_length];
     for (i, part) in parts.iter().enumerate() {
         let mut visit = |query: usize| {
-            let visit = visits[query].get_or_insert(Visits { first: i, last: i });
-            visit.last = i;
+            visits[query]
+                .get_or_insert(Visits { first: i, last: i })
+                .last = i;
         };
         match part.query_order() {
             None => (0..query_length).for_each(visit),
@@ -130,7 +131,7 @@ struct Course<'a, R> {
     part: usize,
     /// Of each query.
     visits: &'a [Option<Visits>],
-    /// What is known of queries that stand in more parts.
+    /// What is known of queries that stand in several parts.
     between: &'a SharedSums<'a, R>,
 }
 
