@@ -1,9 +1,9 @@
 //! What generation asks of a cache, and the key/value cache of incremental decoding, dense or bounded.
 
-use burn::tensor::{Tensor, TensorData, s};
+use burn::tensor::{Tensor, s};
 use thiserror::Error;
 
-use crate::{CacheSlots, Horizon, Pattern};
+use crate::{CacheSlots, Horizon, Pattern, operators::indices};
 
 /// The state of a batch of texts in a [`CachedModel`](crate::CachedModel).
 pub trait DecodingCache {
@@ -328,8 +328,7 @@ pub fn select_rows<const D: usize>(x: Tensor<D>, rows: &[usize]) -> Tensor<D> {
     if let Some(row) = rows.iter().find(|row| **row >= n_rows) {
         panic!("batch_size: row {row} is past the {n_rows} that there are");
     }
-    let indices: Vec<i64> = rows.iter().map(|row| *row as i64).collect();
-    let indices = Tensor::from_data(TensorData::new(indices, [rows.len()]), &x.device());
+    let indices = indices(rows, &x.device());
     x.select(0, indices)
 }
 
@@ -374,8 +373,7 @@ impl Storage {
         let shape = [batch_size, n_heads, capacity, d_head];
         let new = Tensor::zeros(shape, (&all.device(), all.dtype()));
         let n_kept = slots.len();
-        let slots: Vec<i64> = slots.iter().map(|slot| *slot as i64).collect();
-        let slots = Tensor::from_data(TensorData::new(slots, [n_kept]), &all.device());
+        let slots = indices(slots, &all.device());
         let kept = all.select(2, slots);
         self.0 = Some(match n_kept {
             0 => new,

@@ -9,7 +9,7 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 
 use crate::{
     BatchData, BlockSizes, CacheSlots, Global, Lengths, Pattern, PatternError, RandomKey, Schedule,
-    StepSoFar,
+    StepSoFar, operators::indices,
 };
 
 /// What the stack tells every layer: how long the sequences are and where they begin, what the batch brings (padding,
@@ -208,20 +208,15 @@ impl Context {
         context.data = Arc::new(self.data.of_queries(&positions));
         context.left_padding = None;
         context.schedules = Arc::default();
-        let indices = |device: &Device| {
-            let indices = queries.iter().map(|query| *query as i64).collect();
-            let indices = TensorData::new::<i64, _>(indices, [queries.len()]);
-            Tensor::<1, Int>::from_data(indices, device)
-        };
         let bias = context.bias.take();
         context.bias = bias.map(|bias| {
-            let indices = indices(&bias.device());
-            bias.select(2, indices)
+            let queries = indices(queries, &bias.device());
+            bias.select(2, queries)
         });
         let tokens = context.tokens.take();
         context.tokens = tokens.map(|tokens| {
-            let indices = indices(&tokens.device());
-            tokens.select(1, indices)
+            let queries = indices(queries, &tokens.device());
+            tokens.select(1, queries)
         });
         context
     }

@@ -1,11 +1,11 @@
 //! Weighted rows, added up where they came from: what comes after the experts of a mixture.
 
-use burn::tensor::{IndexingUpdateOp, Int, Tensor, TensorData};
+use burn::tensor::{IndexingUpdateOp, Tensor};
 use emberlm_kernels::{
     Array, Buffer, Gradient, Operator, Pass, Real, Stored, View, each_vector, kernel, rows, run_one,
 };
 
-use super::{Implementation, embedding::Groups};
+use super::{Implementation, embedding::Groups, indices};
 
 /// `y_t = sum of w_i x_i` over the rows `i` that are of target `t`; zero where there is none.
 ///
@@ -72,8 +72,7 @@ pub fn combine_by(
     if implementation != Implementation::Native {
         let device = x.device();
         let zeros = Tensor::zeros([n_targets, width], (&device, x.dtype()));
-        let indices: Vec<i64> = targets.iter().map(|target| *target as i64).collect();
-        let indices = Tensor::<1, Int>::from_data(TensorData::new(indices, [n_rows]), &device);
+        let indices = indices(targets, &device);
         let weighted = x * weights.unsqueeze_dim(1);
         return zeros.select_assign(0, indices, weighted, IndexingUpdateOp::Add);
     }

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use burn::tensor::{Int, Tensor, TensorData};
+use burn::tensor::Tensor;
 use emberlm_kernels::{
     Array, Buffer, Gradient, Operator, Pass, Real, Scratch, Shared, Stored, View, kernel,
     matrix::{Matrix, Store, Target, Threads, product_on, transpose},
@@ -15,7 +15,7 @@ use super::{
     activation::{activate_by, activate_elements, activation_gradient, gate_by},
     add,
     combine::{combine_by, dot},
-    grouped_matmuls_by,
+    grouped_matmuls_by, indices,
 };
 use crate::Activation;
 
@@ -99,10 +99,7 @@ pub fn experts_by(
     check(&x, &weights, rows, &layers);
     let [n_tokens, _] = x.dims();
     if implementation != Implementation::Native {
-        let n_rows = rows.tokens.len();
-        let indices = rows.tokens.iter().map(|token| *token as i64).collect();
-        let indices = TensorData::new::<i64, _>(indices, [n_rows]);
-        let indices = Tensor::<1, Int>::from_data(indices, &x.device());
+        let indices = indices(rows.tokens, &x.device());
         let by = |x, weights| grouped_matmuls_by(implementation, x, weights, rows.group_sizes);
         let x = x.select(0, indices);
         let inner = match layers.gate {

@@ -37,7 +37,7 @@ mod rotary;
 
 use burn::{
     backend::DispatchTensor,
-    tensor::{Device, Tensor},
+    tensor::{Device, Int, Tensor, TensorData},
 };
 use emberlm_kernels::{Real, each_vector, is_host, kernel, rows};
 
@@ -125,6 +125,13 @@ fn sum_of_rows<R: Real>(elements: &[R], width: usize) -> Vec<R> {
         sum
     };
     rows::sum_ranges(n_rows, width, sum, add).unwrap_or_else(|| vec![R::default(); width])
+}
+
+/// Places along an axis, as operations of Burn take them.
+pub(crate) fn indices(places: &[usize], device: &Device) -> Tensor<1, Int> {
+    let places: Vec<i64> = places.iter().map(|place| *place as i64).collect();
+    let n = places.len();
+    Tensor::from_data(TensorData::new(places, [n]), device)
 }
 
 /// `a + b`, element by element.
