@@ -8,7 +8,7 @@ use emberlm::{
         DecoderConfig, EncoderConfig, EncoderDecoderConfig, ExpertLayers, LayerAttention,
         PositionsConfig,
     },
-    moe::{BalanceLoss, MixtureOfExpertsConfig, RouterConfig, SharedExpertConfig},
+    moe::{BalanceLoss, MixtureOfExpertsConfig, RouterConfig},
     training::TrainingConfig,
 };
 
@@ -21,8 +21,8 @@ pub enum Preset {
     Tiny,
     /// A decoder of 6 layers, width 384, 6 heads: 10.8 M parameters.
     Small,
-    /// Tiny with an expert of half its inner width for all tokens and 8 of a quarter, of which a token takes 2: as many
-    /// active parameters.
+    /// Tiny with 8 experts of half its inner width in each block but the first, of which a token takes 2: as many active
+    /// parameters.
     MoeTiny,
     /// An encoder of tiny's size, for masked tokens.
     BertTiny,
@@ -83,18 +83,17 @@ fn decoder(n_layers: usize, d_model: usize, n_heads: usize) -> ModelConfig {
 }
 
 /// Mixtral's router, with the Switch Transformer's balance loss and ST-MoE's z-loss; plain experts, as tiny's own layers.
-/// What all tokens need, each expert would have to learn for itself from a part of them; so one is shared, as in
-/// DeepSeekMoE (Dai et al. 2024, <https://arxiv.org/abs/2401.06066>).
+/// The first block is dense, as in DeepSeekMoE (Dai et al. 2024, <https://arxiv.org/abs/2401.06066>, section 5.1.2): with
+/// experts there too this model learns later to look back.
 fn moe_tiny() -> ModelConfig {
-    let mixture = MixtureOfExpertsConfig::new(RouterConfig::mixtral(128, 8, 2), 128)
-        .with_shared(Some(SharedExpertConfig::new(256)))
+    let mixture = MixtureOfExpertsConfig::new(RouterConfig::mixtral(128, 8, 2), 256)
         .with_activation(Activation::Gelu)
         .with_gated(false)
         .with_balance(Some(BalanceLoss::Switch))
         .with_z_loss(true);
     let config = DecoderConfig::new(N_BYTE_VALUES, 4, 128, 4)
         .with_positions(learned_positions())
-        .with_experts(Some(ExpertLayers::new(mixture)));
+        .with_experts(Some(ExpertLayers::new(mixture).with_first(1)));
     ModelConfig::Decoder(config)
 }
 

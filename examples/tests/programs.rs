@@ -410,11 +410,11 @@ fn experts_are_shown() {
         ]
         .concat(),
     );
-    for layer in 0..4 {
+    for layer in 1..4 {
         let line = format!("\nlayer {layer}: the expert tells ");
         assert!(ended.stdout.contains(&line), "{ended:?}");
     }
-    assert_eq!(ended.stdout.matches("\n  expert ").count(), 4 * 8);
+    assert_eq!(ended.stdout.matches("\n  expert ").count(), 3 * 8);
     assert!(place.path("run/specialisation.png").is_file());
     let report: Value = serde_json::from_slice(&fs::read(place.path("r.json")).unwrap()).unwrap();
     let counts: u64 = report[0]["counts"]
@@ -467,6 +467,7 @@ fn experts_without_tokens_are_told() {
     let config = fs::read(place.path("eight").join(RunFolder::CONFIG)).expect("a run's");
     let mut config: Value = serde_json::from_slice(&config).expect("JSON");
     let mut experts = config["model"]["experts"].take();
+    experts["first"] = json!(0);
     experts["mixture"]["d_ff"] = json!(4);
     experts["mixture"]["router"]["n_experts"] = json!(512);
     let model = json!({"n_layers": 1, "experts": experts});
