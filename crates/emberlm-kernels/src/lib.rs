@@ -13,7 +13,7 @@
 //! | [`Stored`] | the element types of tensors, and the `Real` that each is computed in |
 //! | [`kernel!`], [`each_vector!`] | a function that runs on vectors, and a loop over them |
 //! | [`rows`] | rows shared among threads, with sums that do not depend on their number |
-//! | [`matrix`] | products of whole matrices |
+//! | [`matrix`] | products of whole matrices, and of rows that stand anywhere |
 //! | [`tile`] | the product of two small matrices in private memory |
 //! | [`Buffer`], [`Shared`] | memory for a result, and a slice that several threads write |
 //! | [`Scratch`] | private memory of tasks, used again by one after another |
@@ -35,6 +35,7 @@ mod memory;
 mod operator;
 mod real;
 pub mod rows;
+mod rows_product;
 mod scratch;
 mod shared;
 mod stored;

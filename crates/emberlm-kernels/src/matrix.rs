@@ -1,10 +1,15 @@
-//! Products of whole matrices, by the `gemm` crate.
+//! Products of matrices: by the `gemm` crate, or by `rows_product` where the left matrix has few rows or its rows stand
+//! anywhere.
 
 use std::marker::PhantomData;
 
 use rayon::prelude::*;
 
-use crate::{Real, Shared, Stored, View};
+use crate::{
+    Real, Shared, Stored, View,
+    rows_product::{Places, RowsProduct},
+    tile::Rows,
+};
 
 /// A matrix anywhere in memory: element `(i, j)` is at `i row_stride + j column_stride` from the first.
 #[derive(Debug)]
@@ -60,16 +65,7 @@ impl<'a, R: Real> Matrix<'a, R> {
                 memory: PhantomData,
             };
         }
-        let elements = view.reals().into_owned();
-        Self {
-            first: elements.as_ptr(),
-            n_rows,
-            n_columns,
-            row_stride: n_columns as isize,
-            column_stride: 1,
-            _copy: Some(elements),
-            memory: PhantomData,
-        }
+        Self::copied(view.reals().into_owned(), [n_rows, n_columns])
     }
 
     /// Rows and columns exchanged, without a copy.
@@ -125,6 +121,39 @@ impl<'a, R: Real> Matrix<'a, R> {
             row_stride: self.row_stride,
             column_stride: self.column_stride,
             _copy: None,
+            memory: PhantomData,
+        }
+    }
+
+    /// Whether the elements of each row are side by side.
+    fn has_rows_in_order(&self) -> bool {
+        self.column_stride == 1 && self.row_stride >= 0
+    }
+
+    /// The same matrix with the elements of each row side by side: itself, if they are, else a copy.
+    fn in_rows(&self) -> Matrix<'_, R> {
+        if self.has_rows_in_order() {
+            return self.rows(0, self.n_rows);
+        }
+        let mut elements = Vec::with_capacity(self.n_rows * self.n_columns);
+        for i in 0..self.n_rows as isize {
+            for j in 0..self.n_columns as isize {
+                let at = i * self.row_stride + j * self.column_stride;
+                // Safety: the element is inside, as the constructor made sure.
+                elements.push(unsafe { *self.first.wrapping_offset(at) });
+            }
+        }
+        Self::copied(elements, self.dims())
+    }
+
+    fn copied(elements: Vec<R>, [n_rows, n_columns]: [usize; 2]) -> Self {
+        Self {
+            first: elements.as_ptr(),
+            n_rows,
+            n_columns,
+            row_stride: n_columns as isize,
+            column_stride: 1,
+            _copy: Some(elements),
             memory: PhantomData,
         }
     }
@@ -236,7 +265,13 @@ pub fn product_on<R: Real>(
     if m == 0 || n == 0 {
         return;
     }
-    let parallelism = match threads == Threads::One || m <= FEW_ROWS || m * n * k < SERIAL {
+    let by_one = threads == Threads::One || m <= ROWS_OF_ONE_THREAD || m * n * k < SERIAL;
+    let is_few = (ROWS_OF_ONE_THREAD + 1..=FEW_ROWS).contains(&m);
+    let is_far = n * k * size_of::<R>() >= FAR && n >= MANY_COLUMNS && k <= LONGEST_SUM;
+    if is_few && is_far && b.has_rows_in_order() {
+        return rows_product(threads, [a, b], c, store, [None; 2], None);
+    }
+    let parallelism = match by_one {
         true => gemm::Parallelism::None,
         false => gemm::Parallelism::Rayon(0),
     };
@@ -265,6 +300,96 @@ pub fn product_on<R: Real>(
             parallelism,
         );
     }
+}
+
+/// `c_i = a_r(i) b`: some rows of `a`, in any order and as often as they are named, on the caller's thread.
+///
+/// # Panics
+///
+/// If sizes differ or `a` has no such row.
+pub fn gathered_product<R: Real>(
+    a: &Matrix<'_, R>,
+    rows: &[usize],
+    b: &Matrix<'_, R>,
+    c: Target<'_, R>,
+) {
+    check_places(rows, a.n_rows);
+    assert_eq!(c.n_rows, rows.len(), "rows of a product");
+    rows_product(
+        Threads::One,
+        [a, b],
+        c,
+        Store::Replace,
+        [Some(rows), None],
+        None,
+    );
+}
+
+/// `c_r(i) = c_r(i) + w_i a_i b`: each row of the product, times its weight, is added to a row of `c`, on the caller's
+/// thread.
+///
+/// # Panics
+///
+/// If sizes differ or `c` has no such row.
+pub fn scattered_product<R: Real>(
+    a: &Matrix<'_, R>,
+    b: &Matrix<'_, R>,
+    weights: &[R],
+    rows: &[usize],
+    c: Target<'_, R>,
+) {
+    check_places(rows, c.n_rows);
+    assert_eq!(a.n_rows, rows.len(), "rows of a product");
+    assert_eq!(a.n_rows, weights.len(), "weights of a product's rows");
+    rows_product(
+        Threads::One,
+        [a, b],
+        c,
+        Store::Add,
+        [None, Some(rows)],
+        Some(weights),
+    );
+}
+
+fn check_places(rows: &[usize], n: usize) {
+    if let Some(row) = rows.iter().find(|row| **row >= n) {
+        panic!("row {row} of {n}");
+    }
+}
+
+/// The rows of `a` and those of `c` are at the places `at`, where there are any.
+fn rows_product<R: Real>(
+    threads: Threads,
+    [a, b]: [&Matrix<'_, R>; 2],
+    c: Target<'_, R>,
+    store: Store,
+    at: [Option<&[usize]>; 2],
+    weights: Option<&[R]>,
+) {
+    let [k, n] = b.dims();
+    assert_eq!(a.n_columns, k, "inner size of a product");
+    assert_eq!(c.n_columns, n, "columns of a product");
+    let m = at[0].map_or(a.n_rows, <[usize]>::len);
+    let (a, b) = (a.in_rows(), b.in_rows());
+    let product = RowsProduct {
+        sizes: [m, n, k],
+        a: Places {
+            pointer: a.first,
+            row_stride: a.row_stride.unsigned_abs(),
+            at: at[0],
+        },
+        b: Rows::new(b.first, b.row_stride.unsigned_abs()),
+        c: Places {
+            pointer: c.first,
+            row_stride: c.row_stride,
+            at: at[1],
+        },
+        weights,
+        store,
+    };
+    // Safety: `a` and `b` can be read at all their elements, and `c` written by nobody else, as their constructors made
+    // sure; there are all places.
+    unsafe { product.compute(threads) };
 }
 
 /// Writes the transpose of a matrix of elements in order: `[n_rows, n_columns]` to `[n_columns, n_rows]`.
@@ -312,8 +437,16 @@ pub fn for_each_product(n: usize, work: impl Fn(usize, Threads) + Sync) {
     }
 }
 
-/// Rows up to which a product waits for the right matrix to be read, which one thread does as fast as several.
-const FEW_ROWS: usize = 4;
+/// Rows up to which a product is mostly waiting for the right matrix, where that comes from memory.
+pub const FEW_ROWS: usize = 48;
+/// Bytes from which on a matrix is taken to come from memory: half of the second cache of many processors.
+const FAR: usize = 1 << 20;
+/// Columns from which on the vectors of `rows_product` are mostly full.
+const MANY_COLUMNS: usize = 256;
+/// Terms of a sum up to which `rows_product` rounds as little as the crate `gemm`, which adds up longer parts.
+const LONGEST_SUM: usize = 1 << 15;
+/// Rows up to which one thread reads the right matrix as fast as several.
+const ROWS_OF_ONE_THREAD: usize = 4;
 /// Multiplications below which one thread is faster.
 const SERIAL: usize = 1 << 18;
 
@@ -371,6 +504,9 @@ mod tests {
             [4, 700, 201],
             [2, 3, 1030],
             [4, 3, 0],
+            // Few rows, and a matrix that is far.
+            [5, 700, 400],
+            [48, 1100, 300],
         ] {
             for transposed in [false, true] {
                 for store in [Store::Replace, Store::Add] {
@@ -379,6 +515,76 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// Rows in any order, gathered and scattered, of all numbers of rows and columns that are cut differently.
+    fn check_places_of<R: Real>(m: usize, n: usize, k: usize, transposed: bool) {
+        let n_rows = m / 2 + 3;
+        let at: Vec<usize> = (0..m).map(|i| (i * 7 + 1) % n_rows).collect();
+        let (a, b) = (numbers::<R>(n_rows.max(m) * k, 3), numbers::<R>(k * n, 5));
+        let b_at = |p: usize, j: usize| {
+            if transposed {
+                b[j * k + p]
+            } else {
+                b[p * n + j]
+            }
+        };
+        let product = |i: usize, j: usize| {
+            let terms = (0..k).map(|p| a[i * k + p] * b_at(p, j));
+            terms.fold(R::default(), |sum, term| sum + term)
+        };
+        let weights = numbers::<R>(m, 2);
+        // Of a wider matrix, with a column on either side.
+        let width = n + 2;
+        let mut scattered = numbers::<R>(n_rows * width, 9);
+        let mut expected = scattered.clone();
+        for (i, row) in at.iter().enumerate() {
+            for j in 0..n {
+                expected[row * width + 1 + j] += weights[i] * product(i, j);
+            }
+        }
+        let dims = if transposed { [n, k] } else { [k, n] };
+        let b = Matrix::new(&b, dims);
+        let b = if transposed { &b.transposed() } else { &b };
+        let shared = Shared::new(&mut scattered);
+        // Safety: nobody else has it.
+        let c = unsafe { Target::columns(&shared, 1, [n_rows, n], width) };
+        scattered_product(&Matrix::new(&a[..m * k], [m, k]), b, &weights, &at, c);
+        assert!(scattered == expected, "scattered {m} x {n} x {k}");
+
+        let rows = Matrix::new(&a[..n_rows * k], [n_rows, k]);
+        let mut gathered = vec![R::from_f64(f64::NAN); m * n];
+        gathered_product(&rows, &at, b, Target::new(&mut gathered, [m, n]));
+        for (i, row) in at.iter().enumerate() {
+            for j in 0..n {
+                assert!(
+                    gathered[i * n + j] == product(*row, j),
+                    "gathered {m} x {n} x {k}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn rows_anywhere_are_multiplied() {
+        for m in (0..=16).chain([41, 64, 129, 260]) {
+            for [n, k] in [[1, 3], [32, 64], [40, 65], [70, 300], [300, 130]] {
+                check_places_of::<f32>(m, n, k, m == 5);
+                check_places_of::<f64>(m, n, k, m == 6);
+            }
+        }
+        check_places_of::<f32>(20, 1100, 70, false);
+        check_places_of::<f64>(20, 1100, 70, false);
+        check_places_of::<f32>(3, 4, 0, false);
+        check_places_of::<f64>(3, 70, 0, false);
+    }
+
+    #[test]
+    #[should_panic(expected = "row 3 of 3")]
+    fn a_row_that_is_not_there_is_told() {
+        let (a, b) = (numbers::<f32>(6, 1), numbers::<f32>(4, 2));
+        let (a, b) = (Matrix::new(&a, [3, 2]), Matrix::new(&b, [2, 2]));
+        gathered_product(&a, &[3], &b, Target::new(&mut [0.0; 2], [1, 2]));
     }
 
     #[test]
@@ -433,7 +639,12 @@ mod tests {
 
     #[test]
     fn the_number_of_threads_does_not_show() {
-        let (m, n, k) = (300, 200, 500);
+        check_threads([300, 200, 500], true);
+        // Few rows, and a matrix that is far.
+        check_threads([30, 1000, 500], false);
+    }
+
+    fn check_threads([m, n, k]: [usize; 3], transposed: bool) {
         let number = |i: usize| ((i as f32) * 0.37).sin();
         let a: Vec<f32> = (0..m * k).map(number).collect();
         let b: Vec<f32> = (0..k * n).map(number).collect();
@@ -441,13 +652,10 @@ mod tests {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(n_threads);
             let mut c = vec![0.0; m * n];
             pool.build().unwrap().install(|| {
-                let b = Matrix::new(&b, [n, k]);
-                product(
-                    &Matrix::new(&a, [m, k]),
-                    &b.transposed(),
-                    &mut c,
-                    Store::Replace,
-                );
+                let dims = if transposed { [n, k] } else { [k, n] };
+                let b = Matrix::new(&b, dims);
+                let b = if transposed { &b.transposed() } else { &b };
+                product(&Matrix::new(&a, [m, k]), b, &mut c, Store::Replace);
             });
             c
         };

@@ -88,6 +88,12 @@ pub trait Operator: Debug + Send + Sync + 'static {
     /// Computes the outputs.
     fn forward<E: Stored>(&self, inputs: &[View<'_, E>]) -> (Vec<Array<E>>, Self::Saved<E>);
 
+    /// The same outputs where no backward pass can follow: on a device without autodiff. By default [`forward`](Self::forward),
+    /// for operators that save nothing of size.
+    fn infer<E: Stored>(&self, inputs: &[View<'_, E>]) -> Vec<Array<E>> {
+        self.forward(inputs).0
+    }
+
     /// Computes the gradients of the inputs, as many as there are inputs.
     ///
     /// # Panics
@@ -278,7 +284,7 @@ macro_rules! on_host {
     ($backend:ty) => {
         impl HostOperators for $backend {
             fn run<O: Operator>(inputs: Tensors<Self>, operator: Arc<O>) -> Tensors<Self> {
-                Tensors(forward::<Self, O>(&inputs.0, &operator).0)
+                Tensors(infer::<Self, O>(&inputs.0, &operator))
             }
         }
     };
@@ -302,6 +308,22 @@ macro_rules! by_dtype {
             other => panic!("element type: operators take floats, got {other:?}"),
         }
     };
+}
+
+fn infer<B: HostBackend, O: Operator>(
+    inputs: &[FloatTensor<B>],
+    operator: &O,
+) -> Vec<FloatTensor<B>> {
+    by_dtype!(inputs[0].dtype(), infer_of::<B, O>(inputs, operator))
+}
+
+fn infer_of<B: HostBackend, O: Operator, E: Stored>(
+    inputs: &[FloatTensor<B>],
+    operator: &O,
+) -> Vec<FloatTensor<B>> {
+    let views: Vec<View<'_, E>> = inputs.iter().map(B::view).collect();
+    let outputs = operator.infer(&views).into_iter();
+    outputs.map(to_tensor::<B, E>).collect()
 }
 
 fn forward<B: HostBackend, O: Operator>(

@@ -5,7 +5,10 @@ use std::ops::Range;
 use burn::tensor::Tensor;
 use emberlm_kernels::{
     Array, Buffer, Gradient, Operator, Pass, Real, Scratch, Shared, Stored, View, kernel,
-    matrix::{Matrix, Store, Target, Threads, product_on, transpose},
+    matrix::{
+        FEW_ROWS, Matrix, Store, Target, Threads, gathered_product, product_on, scattered_product,
+        transpose,
+    },
     run_one,
 };
 use rayon::prelude::*;
@@ -192,7 +195,11 @@ const INNER: usize = 1024;
 const COLUMNS: usize = 256;
 /// With at most so many rows a product with a transposed weight is faster where the elements of a column lie together: it
 /// reads the weight once, as it lies, and would else copy it in another order first.
-const FEW_ROWS: usize = 128;
+const FEW_ROWS_BACK: usize = 128;
+
+/// Up to so many rows, the products into at least so large an inner width wait for their weights too.
+const WAITING_ROWS: usize = 80;
+const WAITING_INNER: usize = 512;
 
 /// Up to so many rows in all are left to one thread: on two cores it reads the weights as fast as both, which would have
 /// to wait for each other twice.
@@ -231,6 +238,16 @@ fn cut(n: usize, most: usize) -> impl Iterator<Item = Range<usize>> {
 impl Unit {
     fn rows(&self) -> Range<usize> {
         self.first_row..self.first_row + self.n_rows
+    }
+
+    /// Whether its products are left to the kernel that asks for the weights ahead. One row's wait for them anyway.
+    fn has_few_rows(&self) -> bool {
+        (2..=FEW_ROWS).contains(&self.n_rows)
+    }
+
+    /// Whether the products into the inner width take the tokens where they are.
+    fn reads_tokens(&self) -> bool {
+        self.has_few_rows() || (self.n_rows <= WAITING_ROWS && self.n_inner >= WAITING_INNER)
     }
 
     fn inner(&self) -> Range<usize> {
@@ -276,7 +293,7 @@ fn multiply_back<'a, R: Real>(
     let y = room(y_turned, to.len());
     let d_output = to.len() / n;
     for (x, w) in pairs {
-        match n > FEW_ROWS {
+        match n > FEW_ROWS_BACK {
             true => multiply(n, x, &w.transposed(), to, store),
             false => {
                 let [_, d_input] = w.dims();
@@ -287,7 +304,7 @@ fn multiply_back<'a, R: Real>(
         }
         store = Store::Add;
     }
-    if n <= FEW_ROWS {
+    if n <= FEW_ROWS_BACK {
         transpose(y, [d_output, n], to);
     }
 }
@@ -319,6 +336,14 @@ struct Columns<'a, R> {
     to: Shared<'a, R>,
     width: usize,
     range: Range<usize>,
+}
+
+impl<R: Real> Columns<'_, R> {
+    fn target(&self, n_rows: usize) -> Target<'_, R> {
+        let dims = [n_rows, self.range.len()];
+        // Safety: the thread has these columns.
+        unsafe { Target::columns(&self.to, self.range.start, dims, self.width) }
+    }
 }
 
 kernel! {
@@ -442,10 +467,10 @@ impl Experts {
     }
 
     /// Calls for parts of the columns of `[n_tokens, d_model]` zeros, and returns what these have become.
-    fn by_columns<R: Real>(
+    fn by_columns<R: Real, const N: usize>(
         &self,
         [n_tokens, d_model]: [usize; 2],
-        work: impl Fn(&Columns<'_, R>, &mut [Buffer<R>; 3]) + Sync,
+        work: impl Fn(&Columns<'_, R>, &mut [Buffer<R>; N]) + Sync,
     ) -> Vec<R> {
         let mut sums = vec![R::default(); n_tokens * d_model];
         let to = Shared::new(&mut sums);
@@ -506,12 +531,13 @@ impl Experts {
         let finish = |gradient: Buffer<R>| unsafe { gradient.finish() };
         gradients.into_iter().map(finish).collect()
     }
-}
 
-impl Operator for Experts {
-    type Saved<E: Stored> = Before<E::Real>;
-
-    fn forward<E: Stored>(&self, inputs: &[View<'_, E>]) -> (Vec<Array<E>>, Before<E::Real>) {
+    /// The sums. What goes into the activation is written to `before`, where it is to be kept.
+    fn mix<E: Stored>(
+        &self,
+        inputs: &[View<'_, E>],
+        before: Option<&[Shared<'_, E::Real>; 2]>,
+    ) -> Array<E> {
         let (x, n_tokens, d_model) = (inputs[0].reals(), inputs[0].n_rows(), inputs[0].width());
         let weights = inputs[1].reals();
         let gate_weight = self.gate().map(|gate| Matrix::of_view(&inputs[gate]));
@@ -519,16 +545,34 @@ impl Operator for Experts {
             [self.up(), self.down()].map(|i| Matrix::of_view(&inputs[i]));
         let d_ff = inputs[self.up()].width();
 
-        let (mut before, mut inner) = (self.buffers(), Buffer::new(self.n_inner()));
-        let (to, to_inner) = (before.each_mut().map(Buffer::shared), inner.shared());
-        self.for_each_unit(d_model, |unit, tokens, [rows, ..]| {
-            let (n, rows) = (unit.n_rows, gather(tokens, &x, d_model, rows));
+        let mut inner = Buffer::new(self.n_inner());
+        let to_inner = inner.shared();
+        let of_tokens = Matrix::new(&x, [n_tokens, d_model]);
+        self.for_each_unit(d_model, |unit, tokens, [rows, gates, ups, _]| {
+            let rows = match unit.reads_tokens() {
+                true => None,
+                false => Some(gather(tokens, &x, d_model, rows)),
+            };
             // Safety: each unit has elements of its own.
-            let ([gate, up], inner) =
-                unsafe { (self.parts_of(unit, &to), unit.part_of(&to_inner)) };
+            let inner = unsafe { unit.part_of(&to_inner) };
+            let [gate, up] = match before {
+                // Safety: as above.
+                Some(before) => unsafe { self.parts_of(unit, before) },
+                None => {
+                    let of_gate = if self.is_gated { inner.len() } else { 0 };
+                    [room(gates, of_gate), room(ups, inner.len())]
+                }
+            };
             let project = |weight: &Matrix<'_, E::Real>, to: &mut [E::Real]| {
                 let weight = weight.rows(unit.expert * d_model, d_model);
-                multiply(n, rows, &unit.inner_columns(&weight), to, Store::Replace);
+                let weight = unit.inner_columns(&weight);
+                match rows {
+                    Some(rows) => multiply(unit.n_rows, rows, &weight, to, Store::Replace),
+                    None => {
+                        let to = Target::new(to, [unit.n_rows, unit.n_inner]);
+                        gathered_product(&of_tokens, tokens, &weight, to);
+                    }
+                }
             };
             if let Some(weight) = &gate_weight {
                 project(weight, gate);
@@ -538,27 +582,41 @@ impl Operator for Experts {
         });
         // Safety: the units cover all elements.
         let inner = unsafe { inner.finish() };
-        // Safety: as above.
-        let [gate, up] = before.map(|buffer| unsafe { buffer.finish() });
 
-        let y = self.by_columns([n_tokens, d_model], |columns, [tile, ..]| {
+        let y = self.by_columns([n_tokens, d_model], |columns, [tile]| {
             for unit in &self.units {
+                let (inner, n) = (&inner[unit.inner()], unit.n_rows);
                 let weight = unit.inner_rows(&down_weight, d_ff);
                 let weight = weight.columns(columns.range.start, columns.range.len());
-                let tile = room(tile, unit.n_rows * columns.range.len());
-                multiply(
-                    unit.n_rows,
-                    &inner[unit.inner()],
-                    &weight,
-                    tile,
-                    Store::Replace,
-                );
-                let tokens = &self.tokens[unit.rows()];
-                add_to_tokens(tile, &weights[unit.rows()], tokens, columns);
+                let (weights, tokens) = (&weights[unit.rows()], &self.tokens[unit.rows()]);
+                if unit.has_few_rows() {
+                    let inner = Matrix::new(inner, [n, unit.n_inner]);
+                    let to = columns.target(n_tokens);
+                    scattered_product(&inner, &weight, weights, tokens, to);
+                    continue;
+                }
+                let tile = room(tile, n * columns.range.len());
+                multiply(n, inner, &weight, tile, Store::Replace);
+                add_to_tokens(tile, weights, tokens, columns);
             }
         });
-        let y = Array::from_reals(y, &[n_tokens, d_model]);
+        Array::from_reals(y, &[n_tokens, d_model])
+    }
+}
+
+impl Operator for Experts {
+    type Saved<E: Stored> = Before<E::Real>;
+
+    fn forward<E: Stored>(&self, inputs: &[View<'_, E>]) -> (Vec<Array<E>>, Before<E::Real>) {
+        let mut before = self.buffers();
+        let y = self.mix(inputs, Some(&before.each_mut().map(Buffer::shared)));
+        // Safety: the units cover all elements.
+        let [gate, up] = before.map(|buffer| unsafe { buffer.finish() });
         (vec![y], Before { gate, up })
+    }
+
+    fn infer<E: Stored>(&self, inputs: &[View<'_, E>]) -> Vec<Array<E>> {
+        vec![self.mix(inputs, None)]
     }
 
     fn backward<E: Stored>(&self, pass: &Pass<'_, E, Before<E::Real>>) -> Vec<Gradient<E>> {

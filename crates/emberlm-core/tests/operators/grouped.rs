@@ -1,6 +1,6 @@
 //! `grouped_matmul`, `grouped_matmuls`, `combine` and `experts`, which is all of them.
 
-use burn::tensor::{DType, Tensor};
+use burn::tensor::{DType, Device, Tensor};
 use emberlm_core::{
     Activation,
     operators::{
@@ -103,6 +103,36 @@ fn experts_at_odd_sizes() {
         check_f64(&format!("{sizes:?} {widths:?}"), |pass| {
             through_experts(pass, widths, &sizes, Activation::GeluTanh, true);
         });
+    }
+}
+
+/// Without autodiff nothing is kept for a backward pass.
+#[test]
+fn experts_without_autodiff_are_the_same() {
+    let sizes = &[600, 70, 0, 40, 1];
+    let n_rows = sizes.iter().sum();
+    let (n_tokens, d_model, d_ff) = (50, 24, 530);
+    let tokens: Vec<usize> = (0..n_rows).map(|row| row * row * 7 % n_tokens).collect();
+    let of = |device: &Device, gated: bool| {
+        let weight = |dims, seed| random(dims, seed, DType::F32, device);
+        let layers = ExpertWeights {
+            gate: gated.then(|| weight([5, d_model, d_ff], 1)),
+            up: weight([5, d_model, d_ff], 2),
+            down: weight([5, d_ff, d_model], 3),
+        };
+        let rows = ExpertRows {
+            tokens: &tokens,
+            group_sizes: sizes,
+        };
+        let x = random([n_tokens, d_model], 4, DType::F32, device);
+        let weights = random([n_rows], 5, DType::F32, device);
+        let by = Implementation::Native;
+        let y = experts_by(by, x, weights, rows, layers, Activation::Silu);
+        y.into_data().iter::<f32>().collect::<Vec<_>>()
+    };
+    for gated in [false, true] {
+        let (plain, tracked) = (of(&device(), gated), of(&device().autodiff(), gated));
+        assert_eq!(plain, tracked, "{gated}");
     }
 }
 

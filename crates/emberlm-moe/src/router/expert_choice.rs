@@ -19,13 +19,13 @@ pub(super) fn expert_choice(
     let capacity = (routed.len() as f64 * capacity_factor / scores.n_experts as f64) as usize;
     let capacity = capacity.max(1).min(routed.len());
     let mut all = Vec::with_capacity(capacity * scores.n_experts);
-    let (mut of_expert, mut order) = (Vec::new(), Vec::new());
+    let (mut of_expert, mut keys) = (Vec::new(), Vec::new());
     for expert in 0..scores.n_experts {
         of_expert.clear();
         of_expert.extend(routed.iter().map(|token| scores.of(*token)[expert]));
-        best(&of_expert, capacity, &mut order);
-        all.extend(order.iter().map(|i| Choice {
-            token: routed[*i as usize] as u32,
+        let best = best(&of_expert, capacity, &mut keys);
+        all.extend(best.map(|i| Choice {
+            token: routed[i as usize] as u32,
             expert: expert as u32,
             rank: 0,
         }));

@@ -82,19 +82,19 @@ impl Groups {
     pub(super) fn limit(&self, scores: &mut Scores, k: usize) {
         let size = scores.n_experts / self.n_groups;
         let n_summed = self.n_summed(k);
-        let mut order = Vec::new();
+        let mut keys = Vec::new();
         for token in 0..scores.n_tokens() {
             let of_token = scores.of_mut(token);
             let of_groups: Vec<f64> = of_token
                 .chunks(size)
                 .map(|group| {
-                    best(group, n_summed, &mut order);
-                    order.iter().map(|expert| group[*expert as usize]).sum()
+                    let experts = best(group, n_summed, &mut keys);
+                    experts.map(|expert| group[expert as usize]).sum()
                 })
                 .collect();
-            best(&of_groups, self.n_chosen, &mut order);
+            let chosen: Vec<u32> = best(&of_groups, self.n_chosen, &mut keys).collect();
             for (group, of_group) in (0..).zip(of_token.chunks_mut(size)) {
-                if !order.contains(&group) {
+                if !chosen.contains(&group) {
                     of_group.fill(f64::NEG_INFINITY);
                 }
             }

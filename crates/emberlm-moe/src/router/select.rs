@@ -1,7 +1,5 @@
 //! Choosing the best experts of a token, with ties broken the same way everywhere.
 
-use std::cmp::Ordering;
-
 use crate::{Choice, Choices};
 
 /// Scores of all tokens for all experts, on the host.
@@ -28,12 +26,12 @@ impl Scores {
     pub(crate) fn top_k(&self, k: usize, is_routed: impl Fn(usize) -> bool) -> Choices {
         let n_tokens = self.n_tokens();
         let mut all = Vec::with_capacity(n_tokens * k);
-        let mut order = Vec::new();
+        let mut keys = Vec::new();
         for token in (0..n_tokens).filter(|token| is_routed(*token)) {
-            best(self.of(token), k, &mut order);
-            all.extend((0..).zip(&order).map(|(rank, expert)| Choice {
+            let best = best(self.of(token), k, &mut keys);
+            all.extend((0..).zip(best).map(|(rank, expert)| Choice {
                 token: token as u32,
-                expert: *expert,
+                expert,
                 rank,
             }));
         }
@@ -42,23 +40,36 @@ impl Scores {
 }
 
 /// The indices of the `k` largest scores, the largest first, of equal ones the lower index; what is no number comes first,
-/// so that it cannot hide.
-pub(crate) fn best(scores: &[f64], k: usize, order: &mut Vec<u32>) {
-    order.clear();
-    order.extend(0..scores.len() as u32);
-    let compare =
-        |a: &u32, b: &u32| descending(scores[*a as usize], scores[*b as usize]).then(a.cmp(b));
-    if k < order.len() {
-        order.select_nth_unstable_by(k, compare);
-        order.truncate(k);
+/// so that it cannot hide. `keys` is memory to be used again.
+pub(crate) fn best<'a>(
+    scores: &[f64],
+    k: usize,
+    keys: &'a mut Vec<u128>,
+) -> impl Iterator<Item = u32> + use<'a> {
+    // The two halves of a key are compared at once.
+    let key =
+        |(score, index): (&f64, u64)| u128::from(descending(*score)) << 64 | u128::from(index);
+    keys.clear();
+    keys.extend(scores.iter().zip(0..).map(key));
+    if k < keys.len() {
+        keys.select_nth_unstable(k);
+        keys.truncate(k);
     }
-    order.sort_unstable_by(compare);
+    keys.sort_unstable();
+    keys.iter().map(|key| *key as u32)
 }
 
-fn descending(a: f64, b: f64) -> Ordering {
-    match (a.is_nan(), b.is_nan()) {
-        (false, false) => b.partial_cmp(&a).expect("both are numbers"),
-        (a, b) => b.cmp(&a),
+/// A number that is smaller for a larger score, equal for equal ones, and smallest for what is no number.
+fn descending(score: f64) -> u64 {
+    if score.is_nan() {
+        return 0;
+    }
+    // Both zeros become the same one.
+    let bits = (score + 0.0).to_bits();
+    // The bits of numbers of one sign are in the order of their sizes.
+    match score < 0.0 {
+        true => bits,
+        false => !(bits | 1 << 63),
     }
 }
 
@@ -67,9 +78,7 @@ mod tests {
     use super::*;
 
     fn chosen(scores: &[f64], k: usize) -> Vec<u32> {
-        let mut order = Vec::new();
-        best(scores, k, &mut order);
-        order
+        best(scores, k, &mut Vec::new()).collect()
     }
 
     #[test]
@@ -83,5 +92,22 @@ mod tests {
     #[test]
     fn what_is_no_number_is_seen() {
         assert_eq!(chosen(&[1.0, f64::NAN, 3.0], 2), [1, 2]);
+        assert_eq!(chosen(&[f64::INFINITY, -f64::NAN, f64::NAN], 3), [1, 2, 0]);
+    }
+
+    #[test]
+    fn scores_of_all_signs_and_sizes_are_in_order() {
+        let scores = [
+            -1e300,
+            -1.0,
+            -1e-310,
+            0.0,
+            1e-310,
+            1.0,
+            2.0,
+            f64::INFINITY,
+            f64::NEG_INFINITY,
+        ];
+        assert_eq!(chosen(&scores, 9), [7, 6, 5, 4, 3, 2, 1, 0, 8]);
     }
 }
