@@ -191,6 +191,8 @@ struct Unit {
 const ROWS: usize = 512;
 /// Inner width of a unit at most.
 const INNER: usize = 1024;
+/// Rows whose inner elements, those before the activation and the gradients of both stay in the second cache.
+const ROWS_IN_CACHE: usize = 16;
 /// Columns of a result that a thread adds up at once, where several work.
 const COLUMNS: usize = 256;
 /// With at most so many rows a product with a transposed weight is faster where the elements of a column lie together: it
@@ -652,17 +654,31 @@ impl Operator for Experts {
                         to_weights.part(unit.part * n_rows + unit.first_row, n),
                     )
                 };
-                activate_elements(self.activation, gate, up, inner);
-                let pairs = inner
-                    .chunks_exact(unit.n_inner)
-                    .zip(d_inner.chunks_exact(unit.n_inner));
-                for (d_weight, (inner, d_inner)) in d_weights.iter_mut().zip(pairs) {
-                    *d_weight = dot(inner, d_inner);
-                }
                 let weights = &weights[unit.rows()];
-                scale_rows(inner, weights);
-                scale_rows(d_inner, weights);
-                activation_gradient(self.activation, gate, up, d_inner, d_gate, d_up);
+                // A few rows at a time, which stay in the cache from one function to the next.
+                for rows in cut(n, ROWS_IN_CACHE) {
+                    let elements = rows.start * unit.n_inner..rows.end * unit.n_inner;
+                    let gate = gate.map(|gate| &gate[elements.clone()]);
+                    let d_gate = match self.is_gated {
+                        true => &mut d_gate[elements.clone()],
+                        false => &mut [],
+                    };
+                    let (up, d_up) = (&up[elements.clone()], &mut d_up[elements.clone()]);
+                    let inner = &mut inner[elements.clone()];
+                    let d_inner = &mut d_inner[elements];
+                    activate_elements(self.activation, gate, up, inner);
+                    let pairs = inner
+                        .chunks_exact(unit.n_inner)
+                        .zip(d_inner.chunks_exact(unit.n_inner));
+                    for (d_weight, (inner, d_inner)) in
+                        d_weights[rows.clone()].iter_mut().zip(pairs)
+                    {
+                        *d_weight = dot(inner, d_inner);
+                    }
+                    scale_rows(inner, &weights[rows.clone()]);
+                    scale_rows(d_inner, &weights[rows]);
+                    activation_gradient(self.activation, gate, up, d_inner, d_gate, d_up);
+                }
             },
         );
         // Safety: the units cover all elements, and all rows in each part.
