@@ -37,15 +37,23 @@ impl<'a, R: Real> Matrix<'a, R> {
     /// If the numbers of elements differ.
     pub fn new(elements: &'a [R], [n_rows, n_columns]: [usize; 2]) -> Self {
         assert_eq!(elements.len(), n_rows * n_columns, "{n_rows} x {n_columns}");
+        Self::in_order(elements.as_ptr(), [n_rows, n_columns], None)
+    }
+
+    fn in_order(first: *const R, [n_rows, n_columns]: [usize; 2], copy: Option<Vec<R>>) -> Self {
         Self {
-            first: elements.as_ptr(),
+            first,
             n_rows,
             n_columns,
             row_stride: n_columns as isize,
             column_stride: 1,
-            _copy: None,
+            _copy: copy,
             memory: PhantomData,
         }
+    }
+
+    fn copied(elements: Vec<R>, dims: [usize; 2]) -> Self {
+        Self::in_order(elements.as_ptr(), dims, Some(elements))
     }
 
     /// The rows of a tensor along its last axis, in place where that is possible.
@@ -144,18 +152,6 @@ impl<'a, R: Real> Matrix<'a, R> {
             }
         }
         Self::copied(elements, self.dims())
-    }
-
-    fn copied(elements: Vec<R>, [n_rows, n_columns]: [usize; 2]) -> Self {
-        Self {
-            first: elements.as_ptr(),
-            n_rows,
-            n_columns,
-            row_stride: n_columns as isize,
-            column_stride: 1,
-            _copy: Some(elements),
-            memory: PhantomData,
-        }
     }
 
     /// Number of rows and of columns.
@@ -265,12 +261,12 @@ pub fn product_on<R: Real>(
     if m == 0 || n == 0 {
         return;
     }
-    let by_one = threads == Threads::One || m <= ROWS_OF_ONE_THREAD || m * n * k < SERIAL;
     let is_few = (ROWS_OF_ONE_THREAD + 1..=FEW_ROWS).contains(&m);
     let is_far = n * k * size_of::<R>() >= FAR && n >= MANY_COLUMNS && k <= LONGEST_SUM;
     if is_few && is_far && b.has_rows_in_order() {
         return rows_product(threads, [a, b], c, store, [None; 2], None);
     }
+    let by_one = threads == Threads::One || m <= ROWS_OF_ONE_THREAD || m * n * k < SERIAL;
     let parallelism = match by_one {
         true => gemm::Parallelism::None,
         false => gemm::Parallelism::Rayon(0),

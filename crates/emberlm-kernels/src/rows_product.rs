@@ -31,8 +31,9 @@ const DEPTH: usize = 64;
 const GROUP: usize = 56;
 /// Rows of a tile at most, with vectors of AVX-512, of which there are 32; else 6.
 const TILE_ROWS: usize = 14;
-/// Elements of two vectors at most.
-const PANEL: usize = 32;
+/// Bytes of two vectors at most, and elements.
+const PANEL_BYTES: usize = 2 * LINE;
+const PANEL: usize = PANEL_BYTES / size_of::<f32>();
 /// Bytes that come from memory together.
 const LINE: usize = 64;
 
@@ -83,9 +84,7 @@ impl<R: Real> RowsProduct<'_, R> {
             Threads::One => n,
             Threads::Pool => n.div_ceil(rayon::current_num_threads()),
         };
-        let width = width
-            .next_multiple_of(BLOCK_BYTES / size_of::<R>() / 16)
-            .max(1);
+        let width = width.next_multiple_of(PANEL_BYTES / size_of::<R>()).max(1);
         (0..n.div_ceil(width))
             .into_par_iter()
             .with_max_len(1)
@@ -184,7 +183,7 @@ impl<R: Real> Ahead<R> {
     fn all(mut self) {
         while self.step > 0 {
             for _ in 0..self.n_lines {
-                prefetch(self.at);
+                prefetch::<false, _>(self.at);
                 self.at = self.at.wrapping_byte_add(self.step);
             }
             self.begin_row();
@@ -197,25 +196,18 @@ impl<R: Real> Ahead<R> {
     }
 }
 
-/// Asks for the line of an element, whether or not there is one.
+/// Asks for the line of an element, whether or not there is one; to be written, where the compiler has an instruction for
+/// that.
 #[inline(always)]
-fn prefetch<T>(at: *const T) {
+fn prefetch<const TO_WRITE: bool, T>(at: *const T) {
     #[cfg(target_arch = "x86_64")]
     // Safety: it reads nothing that the program sees, and every address may be asked for.
     unsafe {
-        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(at.cast());
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = at;
-}
-
-/// Asks for the line of an element, to be written where the compiler has an instruction for that.
-#[inline(always)]
-fn prefetch_to_write<T>(at: *mut T) {
-    #[cfg(target_arch = "x86_64")]
-    // Safety: as above.
-    unsafe {
-        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_ET0 }>(at.cast());
+        use std::arch::x86_64::{_MM_HINT_ET0, _MM_HINT_T1, _mm_prefetch};
+        match TO_WRITE {
+            true => _mm_prefetch::<_MM_HINT_ET0>(at.cast()),
+            false => _mm_prefetch::<_MM_HINT_T1>(at.cast()),
+        }
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = at;
@@ -372,8 +364,8 @@ unsafe fn of_tile<R: Real, S: Simd, const M: usize>(
     // The sums are written when these lines are there.
     for i in 0..M {
         let to = (c.product.c.pointer).wrapping_add(c.product.c.offset(c.row + i) + c.column);
-        prefetch_to_write(to);
-        prefetch_to_write(to.wrapping_byte_add(LINE));
+        prefetch::<true, _>(to);
+        prefetch::<true, _>(to.wrapping_byte_add(LINE));
     }
     // Safety: as for `of_block`.
     unsafe {
@@ -382,7 +374,7 @@ unsafe fn of_tile<R: Real, S: Simd, const M: usize>(
             let (mut at, step) = (ahead.at, ahead.step);
             for _ in 0..n {
                 for _ in 0..pace {
-                    prefetch(at);
+                    prefetch::<false, _>(at);
                     at = at.wrapping_byte_add(step);
                 }
                 add_row::<R, S, M>(simd, &mut sums, a.add(p), b_row);
