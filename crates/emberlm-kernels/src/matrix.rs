@@ -264,7 +264,7 @@ pub fn product_on<R: Real>(
     let is_few = (ROWS_OF_ONE_THREAD + 1..=FEW_ROWS).contains(&m);
     let is_far = n * k * size_of::<R>() >= FAR && n >= MANY_COLUMNS && k <= LONGEST_SUM;
     if is_few && is_far && b.has_rows_in_order() {
-        return rows_product(threads, [a, b], c, store, [None; 2], None);
+        return rows_product(threads, [a, b], c, store, None);
     }
     let by_one = threads == Threads::One || m <= ROWS_OF_ONE_THREAD || m * n * k < SERIAL;
     let parallelism = match by_one {
@@ -309,78 +309,35 @@ pub fn gathered_product<R: Real>(
     b: &Matrix<'_, R>,
     c: Target<'_, R>,
 ) {
-    check_places(rows, a.n_rows);
-    assert_eq!(c.n_rows, rows.len(), "rows of a product");
-    rows_product(
-        Threads::One,
-        [a, b],
-        c,
-        Store::Replace,
-        [Some(rows), None],
-        None,
-    );
-}
-
-/// `c_r(i) = c_r(i) + w_i a_i b`: each row of the product, times its weight, is added to a row of `c`, on the caller's
-/// thread.
-///
-/// # Panics
-///
-/// If sizes differ or `c` has no such row.
-pub fn scattered_product<R: Real>(
-    a: &Matrix<'_, R>,
-    b: &Matrix<'_, R>,
-    weights: &[R],
-    rows: &[usize],
-    c: Target<'_, R>,
-) {
-    check_places(rows, c.n_rows);
-    assert_eq!(a.n_rows, rows.len(), "rows of a product");
-    assert_eq!(a.n_rows, weights.len(), "weights of a product's rows");
-    rows_product(
-        Threads::One,
-        [a, b],
-        c,
-        Store::Add,
-        [None, Some(rows)],
-        Some(weights),
-    );
-}
-
-fn check_places(rows: &[usize], n: usize) {
-    if let Some(row) = rows.iter().find(|row| **row >= n) {
-        panic!("row {row} of {n}");
+    if let Some(row) = rows.iter().find(|row| **row >= a.n_rows) {
+        panic!("row {row} of {}", a.n_rows);
     }
+    assert_eq!(c.n_rows, rows.len(), "rows of a product");
+    rows_product(Threads::One, [a, b], c, Store::Replace, Some(rows));
 }
 
-/// The rows of `a` and those of `c` are at the places `at`, where there are any.
+/// The rows of `a` are at the places `at`, if there are any.
 fn rows_product<R: Real>(
     threads: Threads,
     [a, b]: [&Matrix<'_, R>; 2],
     c: Target<'_, R>,
     store: Store,
-    at: [Option<&[usize]>; 2],
-    weights: Option<&[R]>,
+    at: Option<&[usize]>,
 ) {
     let [k, n] = b.dims();
     assert_eq!(a.n_columns, k, "inner size of a product");
     assert_eq!(c.n_columns, n, "columns of a product");
-    let m = at[0].map_or(a.n_rows, <[usize]>::len);
+    let m = at.map_or(a.n_rows, <[usize]>::len);
     let (a, b) = (a.in_rows(), b.in_rows());
     let product = RowsProduct {
         sizes: [m, n, k],
         a: Places {
             pointer: a.first,
             row_stride: a.row_stride.unsigned_abs(),
-            at: at[0],
+            at,
         },
         b: Rows::new(b.first, b.row_stride.unsigned_abs()),
-        c: Places {
-            pointer: c.first,
-            row_stride: c.row_stride,
-            at: at[1],
-        },
-        weights,
+        c: Rows::new(c.first, c.row_stride),
         store,
     };
     // Safety: `a` and `b` can be read at all their elements, and `c` written by nobody else, as their constructors made
@@ -433,8 +390,9 @@ pub fn for_each_product(n: usize, work: impl Fn(usize, Threads) + Sync) {
     }
 }
 
-/// Rows up to which a product is mostly waiting for the right matrix, where that comes from memory.
-pub const FEW_ROWS: usize = 48;
+/// Rows up to which a product mostly waits for the right matrix, where that comes from memory: two groups of
+/// `rows_product`.
+const FEW_ROWS: usize = 168;
 /// Bytes from which on a matrix is taken to come from memory: half of the second cache of many processors.
 const FAR: usize = 1 << 20;
 /// Columns from which on the vectors of `rows_product` are mostly full.
@@ -503,6 +461,7 @@ mod tests {
             // Few rows, and a matrix that is far.
             [5, 700, 400],
             [48, 1100, 300],
+            [168, 1100, 300],
         ] {
             for transposed in [false, true] {
                 for store in [Store::Replace, Store::Add] {
@@ -513,11 +472,11 @@ mod tests {
         }
     }
 
-    /// Rows in any order, gathered and scattered, of all numbers of rows and columns that are cut differently.
+    /// Rows in any order, of all numbers of rows and columns that are cut differently.
     fn check_places_of<R: Real>(m: usize, n: usize, k: usize, transposed: bool) {
         let n_rows = m / 2 + 3;
         let at: Vec<usize> = (0..m).map(|i| (i * 7 + 1) % n_rows).collect();
-        let (a, b) = (numbers::<R>(n_rows.max(m) * k, 3), numbers::<R>(k * n, 5));
+        let (a, b) = (numbers::<R>(n_rows * k, 3), numbers::<R>(k * n, 5));
         let b_at = |p: usize, j: usize| {
             if transposed {
                 b[j * k + p]
@@ -529,26 +488,10 @@ mod tests {
             let terms = (0..k).map(|p| a[i * k + p] * b_at(p, j));
             terms.fold(R::default(), |sum, term| sum + term)
         };
-        let weights = numbers::<R>(m, 2);
-        // Of a wider matrix, with a column on either side.
-        let width = n + 2;
-        let mut scattered = numbers::<R>(n_rows * width, 9);
-        let mut expected = scattered.clone();
-        for (i, row) in at.iter().enumerate() {
-            for j in 0..n {
-                expected[row * width + 1 + j] += weights[i] * product(i, j);
-            }
-        }
         let dims = if transposed { [n, k] } else { [k, n] };
         let b = Matrix::new(&b, dims);
         let b = if transposed { &b.transposed() } else { &b };
-        let shared = Shared::new(&mut scattered);
-        // Safety: nobody else has it.
-        let c = unsafe { Target::columns(&shared, 1, [n_rows, n], width) };
-        scattered_product(&Matrix::new(&a[..m * k], [m, k]), b, &weights, &at, c);
-        assert!(scattered == expected, "scattered {m} x {n} x {k}");
-
-        let rows = Matrix::new(&a[..n_rows * k], [n_rows, k]);
+        let rows = Matrix::new(&a, [n_rows, k]);
         let mut gathered = vec![R::from_f64(f64::NAN); m * n];
         gathered_product(&rows, &at, b, Target::new(&mut gathered, [m, n]));
         for (i, row) in at.iter().enumerate() {

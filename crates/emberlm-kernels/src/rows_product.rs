@@ -8,9 +8,8 @@
 //! ```
 //!
 //! While a block is used the processor is asked for the next one, a few lines with every two rows, so that the time to
-//! read `b` hides behind the time to multiply. The rows of `a` may stand anywhere, since they are copied, and those of
-//! the result too, since the sums are added to them from registers: mixtures of experts need no copy of the rows of an
-//! expert (Tan et al. 2024, <https://arxiv.org/abs/2403.08245>).
+//! read `b` hides behind the time to multiply. The rows of `a` may stand anywhere, since they are copied:
+//! mixtures of experts need no other copy of the rows of an expert (Tan et al. 2024, <https://arxiv.org/abs/2403.08245>).
 
 use std::{mem::MaybeUninit, ops::Range};
 
@@ -28,7 +27,7 @@ const BLOCK_BYTES: usize = 4096;
 /// Rows of a block.
 const DEPTH: usize = 64;
 /// Rows of `a` that are copied at once at most.
-const GROUP: usize = 56;
+const GROUP: usize = 84;
 /// Rows of a tile at most, with vectors of AVX-512, of which there are 32; else 6.
 const TILE_ROWS: usize = 14;
 /// Bytes of two vectors at most, and elements.
@@ -39,32 +38,30 @@ const LINE: usize = 64;
 
 /// Rows that lie one after the other, or that are at given places.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Places<'a, P> {
+pub(crate) struct Places<'a, R> {
     /// The first element of row 0.
-    pub pointer: P,
+    pub pointer: *const R,
     /// From one row to the next, in elements.
     pub row_stride: usize,
     /// Of each row, which it is; row by row if there are none.
     pub at: Option<&'a [usize]>,
 }
 
-impl<P> Places<'_, P> {
+impl<R> Places<'_, R> {
     #[inline(always)]
     fn offset(&self, i: usize) -> usize {
         self.at.map_or(i, |at| at[i]) * self.row_stride
     }
 }
 
-/// `c = a b` or `c += a b`, with each row of the product times its weight, if there are any.
+/// `c = a b` or `c += a b`.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct RowsProduct<'a, R> {
     /// Rows of `a`, columns of `b`, rows of `b`.
     pub sizes: [usize; 3],
-    pub a: Places<'a, *const R>,
+    pub a: Places<'a, R>,
     pub b: Rows<*const R>,
-    pub c: Places<'a, *mut R>,
-    /// Of each row of `a`.
-    pub weights: Option<&'a [R]>,
+    pub c: Rows<*mut R>,
     pub store: Store,
 }
 
@@ -271,7 +268,7 @@ unsafe fn of_block<R: Real, S: Simd>(
     pace: usize,
 ) {
     let (lanes, depth) = (lanes::<R, S>(), block.depth);
-    let row_stride = product.b.row_stride;
+    let (row_stride, c_stride) = (product.b.row_stride, product.c.row_stride);
     let mut rows = Aligned(MaybeUninit::<[[R; DEPTH]; GROUP]>::uninit());
     let mut panel = Aligned(MaybeUninit::<[[R; PANEL]; DEPTH]>::uninit());
     let (rows, panel): (*mut R, *mut R) = (rows.0.as_mut_ptr().cast(), panel.0.as_mut_ptr().cast());
@@ -314,11 +311,10 @@ unsafe fn of_block<R: Real, S: Simd>(
             for tile in 0..n_tiles {
                 let [first, end] = [tile * n_rows / n_tiles, (tile + 1) * n_rows / n_tiles];
                 let a = rows.add(first * DEPTH).cast_const();
+                let offset = (group.start + first) * c_stride + block.column + j;
                 let c = Tile {
-                    product,
+                    to: Rows::new(product.c.pointer.wrapping_add(offset), c_stride),
                     adds: product.store == Store::Add || block.row > 0,
-                    row: group.start + first,
-                    column: block.column + j,
                     width,
                 };
                 macro_rules! of_heights {
@@ -339,12 +335,11 @@ unsafe fn of_block<R: Real, S: Simd>(
 
 /// Where the sums of a tile go.
 #[derive(Debug, Clone, Copy)]
-struct Tile<'a, 'b, R> {
-    product: &'a RowsProduct<'b, R>,
+struct Tile<R> {
+    to: Rows<*mut R>,
     /// Whether they are added to what is there.
     adds: bool,
-    row: usize,
-    column: usize,
+    /// Columns.
     width: usize,
 }
 
@@ -355,7 +350,7 @@ unsafe fn of_tile<R: Real, S: Simd, const M: usize>(
     depth: usize,
     a: *const R,
     b: Rows<*const R>,
-    c: Tile<'_, '_, R>,
+    c: Tile<R>,
     ahead: &mut Ahead<R>,
     pace: usize,
 ) {
@@ -363,7 +358,7 @@ unsafe fn of_tile<R: Real, S: Simd, const M: usize>(
     let (mut p, mut b_row) = (0, b.pointer);
     // The sums are written when these lines are there.
     for i in 0..M {
-        let to = (c.product.c.pointer).wrapping_add(c.product.c.offset(c.row + i) + c.column);
+        let to = c.to.pointer.wrapping_add(i * c.to.row_stride);
         prefetch::<true, _>(to);
         prefetch::<true, _>(to.wrapping_byte_add(LINE));
     }
@@ -391,30 +386,7 @@ unsafe fn of_tile<R: Real, S: Simd, const M: usize>(
         if p < depth {
             add_row::<R, S, M>(simd, &mut sums, a.add(p), b_row);
         }
-        if let Some(weights) = c.product.weights {
-            for (i, sums) in sums.iter_mut().enumerate() {
-                let weight = R::splat(simd, weights[c.row + i]);
-                *sums = sums.map(|sum| R::vmul(simd, weight, sum));
-            }
-        }
-        let first = c.product.c.pointer.add(c.column);
-        let row_stride = c.product.c.row_stride;
-        match c.product.c.at {
-            Some(at) => {
-                let at = &at[c.row..][..M];
-                write(
-                    simd,
-                    sums,
-                    |i| first.add(at[i] * row_stride),
-                    c.width,
-                    c.adds,
-                );
-            }
-            None => {
-                let first = first.add(c.row * row_stride);
-                write(simd, sums, |i| first.add(i * row_stride), c.width, c.adds);
-            }
-        }
+        write(simd, sums, c);
     }
 }
 
@@ -443,11 +415,10 @@ unsafe fn add_row<R: Real, S: Simd, const M: usize>(
 unsafe fn write<R: Real, S: Simd, const M: usize>(
     simd: S,
     sums: [[R::Vector<S>; 2]; M],
-    row: impl Fn(usize) -> *mut R,
-    width: usize,
-    adds: bool,
+    c: Tile<R>,
 ) {
-    let lanes = lanes::<R, S>();
+    let (lanes, width, adds) = (lanes::<R, S>(), c.width, c.adds);
+    let row = |i: usize| c.to.pointer.wrapping_add(i * c.to.row_stride);
     // Safety: as for `of_block`.
     unsafe {
         match (width == 2 * lanes, adds) {
@@ -502,7 +473,6 @@ mod tests {
             let number = |i: usize| ((i * 7 + 3) % 11) as f32 - 5.0;
             let a: Vec<f32> = (0..m * k).map(number).collect();
             let b: Vec<f32> = (0..k * n).map(number).collect();
-            let weights: Vec<f32> = (0..m).map(number).collect();
             let of = |scalar: bool| {
                 let mut c: Vec<f32> = (0..m * n).map(number).collect();
                 let product = RowsProduct {
@@ -513,12 +483,7 @@ mod tests {
                         at: None,
                     },
                     b: Rows::new(b.as_ptr(), n),
-                    c: Places {
-                        pointer: c.as_mut_ptr(),
-                        row_stride: n,
-                        at: None,
-                    },
-                    weights: Some(&weights),
+                    c: Rows::new(c.as_mut_ptr(), n),
                     store: Store::Add,
                 };
                 // Safety: the matrices have these sizes.

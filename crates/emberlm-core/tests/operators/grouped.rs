@@ -99,7 +99,7 @@ fn experts_at_odd_sizes() {
         }
     }
     // More rows, inner width and columns than are worked on at once.
-    for (widths, sizes) in [([300, 150, 530], [130, 20]), ([50, 10, 1030], [600, 129])] {
+    for (widths, sizes) in [([300, 150, 530], [130, 20]), ([50, 10, 1030], [1100, 129])] {
         check_f64(&format!("{sizes:?} {widths:?}"), |pass| {
             through_experts(pass, widths, &sizes, Activation::GeluTanh, true);
         });
@@ -109,7 +109,7 @@ fn experts_at_odd_sizes() {
 /// Without autodiff nothing is kept for a backward pass.
 #[test]
 fn experts_without_autodiff_are_the_same() {
-    let sizes = &[600, 70, 0, 40, 1];
+    let sizes = &[1100, 70, 0, 40, 1];
     let n_rows = sizes.iter().sum();
     let (n_tokens, d_model, d_ff) = (50, 24, 530);
     let tokens: Vec<usize> = (0..n_rows).map(|row| row * row * 7 % n_tokens).collect();
@@ -171,6 +171,64 @@ fn the_number_of_threads_does_not_show() {
     check_bits("experts", |pass| {
         through_experts(pass, [300, 150, 530], &[130, 20, 7], Activation::Silu, true);
     });
+    // One thread adds outputs up twice, several do once.
+    check_bits("many experts", |pass| {
+        through_experts(pass, [90, 1300, 3], &[130; 16], Activation::Silu, true);
+    });
+}
+
+/// What needs no gradient is left out, and the others are as before.
+#[test]
+fn experts_of_which_some_are_frozen() {
+    let device = device().autodiff();
+    let (sizes, [n_tokens, d_model, d_ff]) = (&[3, 0, 140], [20, 6, 5]);
+    let n_rows: usize = sizes.iter().sum();
+    let tokens: Vec<usize> = (0..n_rows).map(|row| row % n_tokens).collect();
+    let of = |wanted: [bool; 5]| {
+        let weight = |i: usize, dims: [usize; 3]| {
+            let tensor = random(dims, i as u64, DType::F64, &device);
+            if wanted[i] {
+                tensor.require_grad()
+            } else {
+                tensor
+            }
+        };
+        let x = weight(0, [1, n_tokens, d_model]);
+        let of_rows = weight(1, [1, 1, n_rows]);
+        let gate = weight(2, [3, d_model, d_ff]);
+        let up = weight(3, [3, d_model, d_ff]);
+        let down = weight(4, [3, d_ff, d_model]);
+        let layers = ExpertWeights {
+            gate: Some(gate.clone()),
+            up: up.clone(),
+            down: down.clone(),
+        };
+        let rows = ExpertRows {
+            tokens: &tokens,
+            group_sizes: sizes,
+        };
+        let y = experts_by(
+            Implementation::Native,
+            x.clone().squeeze_dim(0),
+            of_rows.clone().reshape([n_rows]),
+            rows,
+            layers,
+            Activation::Silu,
+        );
+        let gradients = y.powi_scalar(2).sum().backward();
+        [x, of_rows, gate, up, down].map(|leaf| leaf.grad(&gradients).map(|d| d.into_data()))
+    };
+    let all = of([true; 5]);
+    assert!(all.iter().all(Option::is_some));
+    for i in 0..5 {
+        let mut wanted = [false; 5];
+        wanted[i] = true;
+        let found = of(wanted);
+        for (j, (found, all)) in found.iter().zip(&all).enumerate() {
+            let expected = if i == j { all.as_ref() } else { None };
+            assert_eq!(found.as_ref(), expected, "input {j} where {i} is wanted");
+        }
+    }
 }
 
 #[test]
