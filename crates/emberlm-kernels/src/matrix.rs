@@ -1,7 +1,7 @@
 //! Products of matrices: by the `gemm` crate, or by `rows_product` where the left matrix has few rows or its rows stand
 //! anywhere.
 
-use std::marker::PhantomData;
+use std::{marker::PhantomData, ops::Range};
 
 use rayon::prelude::*;
 
@@ -126,6 +126,25 @@ impl<'a, R: Real> Matrix<'a, R> {
             first: (self.first).wrapping_offset(first as isize * self.column_stride),
             n_rows: self.n_rows,
             n_columns: n,
+            row_stride: self.row_stride,
+            column_stride: self.column_stride,
+            _copy: None,
+            memory: PhantomData,
+        }
+    }
+
+    /// Some rows of some columns.
+    ///
+    /// # Panics
+    ///
+    /// If there are fewer.
+    pub fn block(&self, rows: Range<usize>, columns: Range<usize>) -> Matrix<'_, R> {
+        let rows = self.rows(rows.start, rows.len());
+        let Matrix { first, n_rows, .. } = rows.columns(columns.start, columns.len());
+        Matrix {
+            first,
+            n_rows,
+            n_columns: columns.len(),
             row_stride: self.row_stride,
             column_stride: self.column_stride,
             _copy: None,
@@ -298,22 +317,25 @@ pub fn product_on<R: Real>(
     }
 }
 
-/// `c_i = a_r(i) b`: some rows of `a`, in any order and as often as they are named, on the caller's thread.
+/// `c = a b` for few rows, or with it added, by the kernel that asks for `b` ahead, on the caller's thread: of the rows
+/// `rows` of `a`, in any order and as often as they are named, or of all.
 ///
 /// # Panics
 ///
 /// If sizes differ or `a` has no such row.
-pub fn gathered_product<R: Real>(
+pub fn few_rows_product<R: Real>(
     a: &Matrix<'_, R>,
-    rows: &[usize],
+    rows: Option<&[usize]>,
     b: &Matrix<'_, R>,
     c: Target<'_, R>,
+    store: Store,
 ) {
-    if let Some(row) = rows.iter().find(|row| **row >= a.n_rows) {
+    if let Some(row) = rows.and_then(|rows| rows.iter().find(|row| **row >= a.n_rows)) {
         panic!("row {row} of {}", a.n_rows);
     }
-    assert_eq!(c.n_rows, rows.len(), "rows of a product");
-    rows_product(Threads::One, [a, b], c, Store::Replace, Some(rows));
+    let n_rows = rows.map_or(a.n_rows, <[usize]>::len);
+    assert_eq!(c.n_rows, n_rows, "rows of a product");
+    rows_product(Threads::One, [a, b], c, store, rows);
 }
 
 /// The rows of `a` are at the places `at`, if there are any.
@@ -327,10 +349,9 @@ fn rows_product<R: Real>(
     let [k, n] = b.dims();
     assert_eq!(a.n_columns, k, "inner size of a product");
     assert_eq!(c.n_columns, n, "columns of a product");
-    let m = at.map_or(a.n_rows, <[usize]>::len);
     let (a, b) = (a.in_rows(), b.in_rows());
     let product = RowsProduct {
-        sizes: [m, n, k],
+        sizes: [c.n_rows, n, k],
         a: Places {
             pointer: a.first,
             row_stride: a.row_stride.unsigned_abs(),
@@ -352,14 +373,37 @@ fn rows_product<R: Real>(
 /// If the numbers of elements differ.
 pub fn transpose<R: Real>(from: &[R], [n_rows, n_columns]: [usize; 2], to: &mut [R]) {
     assert_eq!(from.len(), n_rows * n_columns, "{n_rows} x {n_columns}");
-    assert_eq!(to.len(), from.len(), "{n_columns} x {n_rows}");
+    transpose_rows(
+        |i| &from[i * n_columns..][..n_columns],
+        [n_rows, n_columns],
+        to,
+    );
+}
+
+/// Writes the transpose of some rows of `n_columns` elements, in any order and as often as they are named.
+///
+/// # Panics
+///
+/// If the numbers of elements differ, or there is no such row.
+pub fn transpose_gathered<R: Real>(from: &[R], rows: &[usize], n_columns: usize, to: &mut [R]) {
+    let row = |i: usize| &from[rows[i] * n_columns..][..n_columns];
+    transpose_rows(row, [rows.len(), n_columns], to);
+}
+
+#[inline(always)]
+fn transpose_rows<'a, R: Real>(
+    row: impl Fn(usize) -> &'a [R],
+    [n_rows, n_columns]: [usize; 2],
+    to: &mut [R],
+) {
+    assert_eq!(to.len(), n_rows * n_columns, "{n_columns} x {n_rows}");
     for i in (0..n_rows).step_by(TILE) {
         for j in (0..n_columns).step_by(TILE) {
             if i + TILE <= n_rows && j + TILE <= n_columns {
                 // Arrays of a known size, which the compiler keeps in registers.
                 let mut tile = [[R::default(); TILE]; TILE];
-                for (row, of_tile) in tile.iter_mut().enumerate() {
-                    of_tile.copy_from_slice(&from[(i + row) * n_columns + j..][..TILE]);
+                for (of_tile, i) in tile.iter_mut().zip(i..) {
+                    of_tile.copy_from_slice(&row(i)[j..][..TILE]);
                 }
                 for column in 0..TILE {
                     let to = &mut to[(j + column) * n_rows + i..][..TILE];
@@ -367,9 +411,9 @@ pub fn transpose<R: Real>(from: &[R], [n_rows, n_columns]: [usize; 2], to: &mut 
                 }
                 continue;
             }
-            for row in i..n_rows.min(i + TILE) {
+            for i in i..n_rows.min(i + TILE) {
                 for column in j..n_columns.min(j + TILE) {
-                    to[column * n_rows + row] = from[row * n_columns + column];
+                    to[column * n_rows + i] = row(i)[column];
                 }
             }
         }
@@ -493,7 +537,8 @@ mod tests {
         let b = if transposed { &b.transposed() } else { &b };
         let rows = Matrix::new(&a, [n_rows, k]);
         let mut gathered = vec![R::from_f64(f64::NAN); m * n];
-        gathered_product(&rows, &at, b, Target::new(&mut gathered, [m, n]));
+        let to = Target::new(&mut gathered, [m, n]);
+        few_rows_product(&rows, Some(&at), b, to, Store::Replace);
         for (i, row) in at.iter().enumerate() {
             for j in 0..n {
                 assert!(
@@ -523,7 +568,8 @@ mod tests {
     fn a_row_that_is_not_there_is_told() {
         let (a, b) = (numbers::<f32>(6, 1), numbers::<f32>(4, 2));
         let (a, b) = (Matrix::new(&a, [3, 2]), Matrix::new(&b, [2, 2]));
-        gathered_product(&a, &[3], &b, Target::new(&mut [0.0; 2], [1, 2]));
+        let (mut c, at) = ([0.0; 2], Some(&[3][..]));
+        few_rows_product(&a, at, &b, Target::new(&mut c, [1, 2]), Store::Replace);
     }
 
     #[test]
@@ -535,6 +581,14 @@ mod tests {
             for i in 0..n_rows {
                 for j in 0..n_columns {
                     assert_eq!(to[j * n_rows + i], from[i * n_columns + j]);
+                }
+            }
+            let rows: Vec<usize> = (0..2 * n_rows).map(|i| i * 7 % n_rows).collect();
+            let mut gathered = vec![0.0; 2 * to.len()];
+            transpose_gathered(&from, &rows, n_columns, &mut gathered);
+            for (i, row) in rows.iter().enumerate() {
+                for j in 0..n_columns {
+                    assert_eq!(gathered[j * rows.len() + i], from[row * n_columns + j]);
                 }
             }
         }

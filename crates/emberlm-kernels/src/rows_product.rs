@@ -3,7 +3,7 @@
 //! ```text
 //! for each block of b:                                       some rows and columns of it, in the second cache
 //!     for each group of rows of a:                           copied, one after the other, into the first cache
-//!         for each panel of the block, two vectors wide:     copied too, where three tiles use it
+//!         for each panel of the block, two vectors wide:     copied too, where three tiles use it, during the one before
 //!             for each tile of up to 14 rows of the group:   the sums are registers
 //! ```
 //!
@@ -270,8 +270,11 @@ unsafe fn of_block<R: Real, S: Simd>(
     let (lanes, depth) = (lanes::<R, S>(), block.depth);
     let (row_stride, c_stride) = (product.b.row_stride, product.c.row_stride);
     let mut rows = Aligned(MaybeUninit::<[[R; DEPTH]; GROUP]>::uninit());
-    let mut panel = Aligned(MaybeUninit::<[[R; PANEL]; DEPTH]>::uninit());
-    let (rows, panel): (*mut R, *mut R) = (rows.0.as_mut_ptr().cast(), panel.0.as_mut_ptr().cast());
+    let mut panels = Aligned(MaybeUninit::<[[[R; PANEL]; DEPTH]; 2]>::uninit());
+    let rows: *mut R = rows.0.as_mut_ptr().cast();
+    let panels: *mut R = panels.0.as_mut_ptr().cast();
+    // Where the panel of column `j` is copied to: the one of the columns before is still in use.
+    let panel = |j: usize| panels.wrapping_add(j / (2 * lanes) % 2 * DEPTH * PANEL);
     let n_rows = group.len();
     let n_tiles = n_rows.div_ceil(tile_rows::<R, S>());
     // Safety: rows and columns are inside of the matrices, and the copies large enough.
@@ -284,30 +287,36 @@ unsafe fn of_block<R: Real, S: Simd>(
                 depth,
             );
         }
+        // A copy is worth its while if three tiles use it.
+        let is_copied = |j: usize| n_tiles > 2 && j + 2 * lanes <= block.width;
+        let copy = |j: usize| Copy {
+            from: Rows::new(block.pointer.wrapping_add(j), row_stride),
+            to: panel(j),
+            n_rows: if is_copied(j) { depth } else { 0 },
+        };
+        let mut meanwhile = copy(0);
         for j in (0..block.width).step_by(2 * lanes) {
             let width = (2 * lanes).min(block.width - j);
             let mut columns = Rows::new(block.pointer.wrapping_add(j), row_stride);
-            // A copy is worth its while if three tiles use it; a panel of fewer columns is filled up with zeros, as tiles read
-            // two whole vectors.
-            if n_tiles > 2 || width < 2 * lanes {
+            if is_copied(j) {
+                // What the panel before left.
+                while meanwhile.n_rows > 0 {
+                    meanwhile.row(simd);
+                }
+                columns = Rows::new(panel(j).cast_const(), 2 * lanes);
+            } else if width < 2 * lanes {
+                // It is filled up with zeros, as tiles read two whole vectors.
                 for p in 0..depth {
-                    let (from, to) = (
-                        columns.pointer.add(p * row_stride),
-                        panel.add(2 * p * lanes),
-                    );
-                    if width == 2 * lanes {
-                        R::store(simd, to, R::load(simd, from));
-                        R::store(simd, to.add(lanes), R::load(simd, from.add(lanes)));
-                        continue;
-                    }
+                    let from = columns.pointer.wrapping_add(p * row_stride);
                     for v in 0..2 {
                         let n = width.saturating_sub(v * lanes).min(lanes);
                         let vector = R::load_some(simd, from.wrapping_add(v * lanes), n);
-                        R::store(simd, to.add(v * lanes), vector);
+                        R::store(simd, panel(j).add((2 * p + v) * lanes), vector);
                     }
                 }
-                columns = Rows::new(panel.cast_const(), 2 * lanes);
+                columns = Rows::new(panel(j).cast_const(), 2 * lanes);
             }
+            meanwhile = copy(j + 2 * lanes);
             for tile in 0..n_tiles {
                 let [first, end] = [tile * n_rows / n_tiles, (tile + 1) * n_rows / n_tiles];
                 let a = rows.add(first * DEPTH).cast_const();
@@ -321,7 +330,9 @@ unsafe fn of_block<R: Real, S: Simd>(
                     ($($height:literal)*) => {
                         match end - first {
                             $($height if $height <= 6 || is_wide::<R, S>() => {
-                                of_tile::<R, S, $height>(simd, depth, a, columns, c, ahead, pace);
+                                let ahead = (&mut *ahead, pace);
+                                let copy = &mut meanwhile;
+                                of_tile::<R, S, $height>(simd, depth, a, columns, c, ahead, copy);
                             })*
                             _ => unreachable!("a tile has at most {} rows", tile_rows::<R, S>()),
                         }
@@ -330,6 +341,31 @@ unsafe fn of_block<R: Real, S: Simd>(
                 of_heights!(1 2 3 4 5 6 7 8 9 10 11 12 13 14);
             }
         }
+    }
+}
+
+/// A panel that is being copied: rows of two vectors.
+struct Copy<R> {
+    from: Rows<*const R>,
+    to: *mut R,
+    /// Left to copy.
+    n_rows: usize,
+}
+
+impl<R: Real> Copy<R> {
+    /// Copies the next row.
+    #[inline(always)]
+    unsafe fn row<S: Simd>(&mut self, simd: S) {
+        let lanes = lanes::<R, S>();
+        // Safety: as for `of_block`.
+        unsafe {
+            let from = self.from.pointer;
+            R::store(simd, self.to, R::load(simd, from));
+            R::store(simd, self.to.add(lanes), R::load(simd, from.add(lanes)));
+            self.to = self.to.wrapping_add(2 * lanes);
+        }
+        self.from.pointer = (self.from.pointer).wrapping_add(self.from.row_stride);
+        self.n_rows -= 1;
     }
 }
 
@@ -343,7 +379,7 @@ struct Tile<R> {
     width: usize,
 }
 
-/// `M` rows by two vectors of columns; meanwhile asks for `pace` lines with every two rows of the block.
+/// `M` rows by two vectors of columns; with every two rows of the block asks for `pace` lines and copies a row.
 #[inline(always)]
 unsafe fn of_tile<R: Real, S: Simd, const M: usize>(
     simd: S,
@@ -351,8 +387,8 @@ unsafe fn of_tile<R: Real, S: Simd, const M: usize>(
     a: *const R,
     b: Rows<*const R>,
     c: Tile<R>,
-    ahead: &mut Ahead<R>,
-    pace: usize,
+    (ahead, pace): (&mut Ahead<R>, usize),
+    meanwhile: &mut Copy<R>,
 ) {
     let mut sums = [[R::splat(simd, R::default()); 2]; M];
     let (mut p, mut b_row) = (0, b.pointer);
@@ -371,6 +407,9 @@ unsafe fn of_tile<R: Real, S: Simd, const M: usize>(
                 for _ in 0..pace {
                     prefetch::<false, _>(at);
                     at = at.wrapping_byte_add(step);
+                }
+                if meanwhile.n_rows > 0 {
+                    meanwhile.row(simd);
                 }
                 add_row::<R, S, M>(simd, &mut sums, a.add(p), b_row);
                 add_row::<R, S, M>(simd, &mut sums, a.add(p + 1), b_row.add(b.row_stride));
