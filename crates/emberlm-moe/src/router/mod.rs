@@ -237,20 +237,17 @@ impl Router {
             parts.push(logits.clone().detach());
         }
         let all = Tensor::cat(parts, 0).into_data().convert_dtype(DType::F64);
-        let mut all = all.iter::<f64>();
-        let scores: Vec<f64> = all.by_ref().take(n_tokens * n_experts).collect();
-        let mut bias = Vec::new();
-        if self.correction_bias.is_some() {
-            bias.extend(all.by_ref().take(n_experts));
-        }
+        let mut scores = all.try_into_vec::<f64>().expect("it was converted");
+        let mut bias = scores.split_off(n_tokens * n_experts);
+        let logits = bias.split_off(self.correction_bias.as_ref().map_or(0, |_| n_experts));
         OnHost {
             scores: Scores {
                 values: scores,
                 n_experts,
             },
             bias,
-            logits: by_logits.then(|| Scores {
-                values: all.collect(),
+            logits: by_logits.then_some(Scores {
+                values: logits,
                 n_experts,
             }),
         }
@@ -420,18 +417,27 @@ struct OnHost {
 }
 
 /// All counts but the load.
-fn statistics(scores: &Scores, is_routed: impl Fn(usize) -> bool) -> RoutingStatistics {
+fn statistics(scores: &Scores, is_routed: impl Fn(usize) -> bool + Sync) -> RoutingStatistics {
+    let parts =
+        scores.by_tokens(|tokens| statistics_of(scores, tokens.filter(|token| is_routed(*token))));
     let mut statistics = RoutingStatistics::default();
-    for token in (0..scores.n_tokens()).filter(|token| is_routed(*token)) {
+    parts.iter().for_each(|part| statistics.add(part));
+    statistics
+}
+
+fn statistics_of(scores: &Scores, tokens: impl Iterator<Item = usize>) -> RoutingStatistics {
+    let mut statistics = RoutingStatistics::default();
+    for token in tokens {
         let of_token = scores.of(token);
         let sum: f64 = of_token.iter().sum();
         statistics.n_tokens += 1;
-        if sum.is_finite() {
-            let shares = of_token.iter().map(|score| score / sum);
-            let parts = shares.filter(|p| *p > 0.0).map(|p| -p * p.ln());
-            statistics.entropy_sum += parts.sum::<f64>();
-        } else {
+        if !sum.is_finite() {
             statistics.n_not_finite += 1;
+        } else if sum > 0.0 {
+            // Of the shares `s / sum`: `ln sum - sum_i s_i ln s_i / sum`.
+            let positive = of_token.iter().filter(|score| **score > 0.0);
+            let sum_logs: f64 = positive.map(|score| score * score.ln()).sum();
+            statistics.entropy_sum += sum.ln() - sum_logs / sum;
         }
     }
     statistics

@@ -1,6 +1,13 @@
 //! Choosing the best experts of a token, with ties broken the same way everywhere.
 
+use std::ops::Range;
+
+use rayon::prelude::*;
+
 use crate::{Choice, Choices};
+
+/// Tokens that a thread looks at together.
+const TOKENS: usize = 256;
 
 /// Scores of all tokens for all experts, on the host.
 #[derive(Debug, Clone)]
@@ -23,21 +30,37 @@ impl Scores {
     }
 
     /// The `k` best experts of each token that is routed.
-    pub(crate) fn top_k(&self, k: usize, is_routed: impl Fn(usize) -> bool) -> Choices {
+    pub(crate) fn top_k(&self, k: usize, is_routed: impl Fn(usize) -> bool + Sync) -> Choices {
+        let all = self.by_tokens(|tokens| {
+            let mut all = Vec::with_capacity(tokens.len() * k);
+            let mut keys = Vec::new();
+            for token in tokens.filter(|token| is_routed(*token)) {
+                let best = best(self.of(token), k, &mut keys);
+                all.extend((0..).zip(best).map(|(rank, expert)| Choice {
+                    token: token as u32,
+                    expert,
+                    rank,
+                }));
+            }
+            all
+        });
+        Choices::new(self.n_tokens(), self.n_experts, all.concat())
+    }
+
+    /// What becomes of the tokens, some at a time and in order, on all threads where they are many.
+    pub(crate) fn by_tokens<T: Send>(&self, work: impl Fn(Range<usize>) -> T + Sync) -> Vec<T> {
         let n_tokens = self.n_tokens();
-        let mut all = Vec::with_capacity(n_tokens * k);
-        let mut keys = Vec::new();
-        for token in (0..n_tokens).filter(|token| is_routed(*token)) {
-            let best = best(self.of(token), k, &mut keys);
-            all.extend((0..).zip(best).map(|(rank, expert)| Choice {
-                token: token as u32,
-                expert,
-                rank,
-            }));
+        let n_parts = n_tokens.div_ceil(TOKENS);
+        let part = |part: usize| work(part * TOKENS..n_tokens.min((part + 1) * TOKENS));
+        match n_parts {
+            0 | 1 => (0..n_parts).map(part).collect(),
+            _ => (0..n_parts).into_par_iter().map(part).collect(),
         }
-        Choices::new(n_tokens, self.n_experts, all)
     }
 }
+
+/// Up to so many are kept in order while the scores are read.
+const FEW: usize = 16;
 
 /// The indices of the `k` largest scores, the largest first, of equal ones the lower index; what is no number comes first,
 /// so that it cannot hide. `keys` is memory to be used again.
@@ -50,12 +73,28 @@ pub(crate) fn best<'a>(
     let key =
         |(score, index): (&f64, u64)| u128::from(descending(*score)) << 64 | u128::from(index);
     keys.clear();
-    keys.extend(scores.iter().zip(0..).map(key));
-    if k < keys.len() {
-        keys.select_nth_unstable(k);
-        keys.truncate(k);
+    let of_scores = scores.iter().zip(0..).map(key);
+    if k <= FEW {
+        // Most scores are below the best so far.
+        for key in of_scores {
+            if keys.len() < k {
+                keys.push(key);
+            } else if keys.last().is_some_and(|last| key < *last) {
+                keys[k - 1] = key;
+            } else {
+                continue;
+            }
+            let better = keys.partition_point(|other| *other < key);
+            keys[better..].rotate_right(1);
+        }
+    } else {
+        keys.extend(of_scores);
+        if k < keys.len() {
+            keys.select_nth_unstable(k);
+            keys.truncate(k);
+        }
+        keys.sort_unstable();
     }
-    keys.sort_unstable();
     keys.iter().map(|key| *key as u32)
 }
 
@@ -87,6 +126,15 @@ mod tests {
         assert_eq!(chosen(&[0.5; 6], 3), [0, 1, 2]);
         assert_eq!(chosen(&[0.0, -0.0, 1.0], 3), [2, 0, 1]);
         assert_eq!(chosen(&[1.0, 2.0], 2), [1, 0]);
+    }
+
+    #[test]
+    fn few_and_many_are_chosen_alike() {
+        let scores: Vec<f64> = (0..97).map(|i| f64::from(i * 37 % 41) - 9.0).collect();
+        let all = chosen(&scores, 97);
+        for k in 0..97 {
+            assert_eq!(chosen(&scores, k), all[..k], "{k}");
+        }
     }
 
     #[test]
