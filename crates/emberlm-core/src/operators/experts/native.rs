@@ -1,7 +1,11 @@
 //! The CPU's way: a thread takes some rows of an expert through all its layers, and the rows of a token are added up at
 //! the end, in the order of the experts, whatever the number of threads.
 
-use std::ops::Range;
+use std::{
+    cmp::Reverse,
+    ops::Range,
+    sync::atomic::{AtomicUsize, Ordering},
+};
 
 use emberlm_kernels::{
     Array, Buffer, Gradient, Operator, Pass, Real, Scratch, Shared, Stored, View, kernel,
@@ -12,7 +16,7 @@ use rayon::prelude::*;
 
 use super::{
     ExpertRows,
-    products::{Rows, SumBack, gather, multiply, room, turned},
+    products::{Rows, SumBack, gather, gather_turned, multiply_inner, room, turned},
     units::{Part, Unit, cut, parts, rows_of, units, waves, widest_part},
 };
 use crate::{
@@ -170,14 +174,26 @@ impl Experts {
         self.tokens.len() <= ROWS_OF_ONE_THREAD
     }
 
-    fn for_each<T: Sync>(&self, tasks: &[T], work: impl Fn(&T) + Sync) {
-        match self.are_few() {
-            true => tasks.iter().for_each(work),
-            false => (tasks.par_iter().with_max_len(1)).for_each(|task| work(task)),
+    /// Calls for each of some tasks, of so many rows each, the longest first: then no thread is left with one at the end.
+    fn for_each(&self, n_rows: &[usize], work: impl Fn(usize) + Sync) {
+        let mut order: Vec<usize> = (0..n_rows.len()).collect();
+        order.sort_by_key(|task| Reverse(n_rows[*task]));
+        if self.are_few() {
+            return order.into_iter().for_each(work);
         }
+        let n_begun = AtomicUsize::new(0);
+        let n_threads = order.len().min(rayon::current_num_threads());
+        (0..n_threads)
+            .into_par_iter()
+            .with_max_len(1)
+            .for_each(|_| {
+                while let Some(task) = order.get(n_begun.fetch_add(1, Ordering::Relaxed)) {
+                    work(*task);
+                }
+            });
     }
 
-    /// Calls for each unit that has rows, with their tokens and the place of an output of `width` elements for each row.
+    /// Calls for each unit that has rows, with the place of an output of `width` elements for each row.
     /// Returns the weighted sums of the outputs of each token, in the order of the rows: `[n_tokens, width]`.
     fn sum_by_token<R: Real>(
         &self,
@@ -198,7 +214,9 @@ impl Experts {
         for wave in waves {
             let rows = rows_of(wave);
             let to_outputs = outputs.shared();
-            self.for_each(wave, |unit| {
+            let lengths: Vec<_> = wave.iter().map(|unit| unit.rows.len()).collect();
+            self.for_each(&lengths, |i| {
+                let unit = wave[i];
                 let first = unit.rows.start - rows.start;
                 // Safety: each unit has rows of its own.
                 let output = unsafe { to_outputs.part(first * width, unit.rows.len() * width) };
@@ -250,17 +268,15 @@ impl Experts {
                     Some([gate, up]) => [&mut gate[of_gate], &mut up[elements]],
                     None => [room(gates, of_gate.len()), room(ups, elements.len())],
                 };
-                let project = |weight: &Matrix<'_, E::Real>, to: &mut [E::Real]| {
-                    let weight = weight.rows(unit.expert * d_model, d_model);
-                    rows.multiply(&part.columns(&weight), to);
-                };
+                let of_part = |weight| part.columns(weight, unit.expert * d_model, d_model);
                 if let Some(weight) = &gate_weight {
-                    project(weight, gate);
+                    rows.multiply(&of_part(weight), gate);
                 }
-                project(&up_weight, up);
+                rows.multiply(&of_part(&up_weight), up);
                 activate_elements(self.activation, self.if_gated(gate), up, inner);
+                let (n, store) = (unit.rows.len(), part.store());
                 let weight = part.rows(&down_weight, unit.expert * d_ff);
-                multiply(unit.rows.len(), inner, &weight, output, part.store());
+                multiply_inner(n, inner, &weight, output, store);
             }
         };
         let y = self.sum_by_token(d_model, &weights, sizes, work);
@@ -295,7 +311,8 @@ impl Experts {
             .flat_map(|units| parts(d_ff).map(move |part| (units, part)))
             .collect();
         let scratch = self.scratch(of_experts.len(), [d_model, d_ff]);
-        let work = |(units, part): &(&[Unit], Part), [rows, turn]: &mut [_; 2]| {
+        let work = |i: usize, [rows, turn]: &mut [_; 2]| {
+            let (units, part): &(&[Unit], Part) = &of_experts[i];
             let n_inner = part.inner.len();
             for (i, unit) in units.iter().enumerate() {
                 let store = match i {
@@ -307,8 +324,7 @@ impl Experts {
                 let of_part = unit.inner(part);
                 let of_part = start + of_part.start..start + of_part.end;
                 if !into_inner.is_empty() {
-                    let x = turned(gather(tokens, &x, d_model, rows), [n, d_model], turn);
-                    let x = Matrix::new(x, [d_model, n]);
+                    let x = gather_turned(tokens, &x, d_model, turn);
                     let first = unit.expert * d_model * d_ff + part.inner.start;
                     for (to, d_before) in &into_inner {
                         let d_before = Matrix::new(&d_before[of_part.clone()], [n, n_inner]);
@@ -329,9 +345,11 @@ impl Experts {
                 }
             }
         };
-        self.for_each(&of_experts, |task| {
-            scratch.lend(|scratch| work(task, scratch))
-        });
+        let n_rows = |units: &[Unit]| units.iter().map(|unit| unit.rows.len()).sum();
+        let lengths: Vec<_> = (of_experts.iter())
+            .map(|(units, _)| n_rows(units))
+            .collect();
+        self.for_each(&lengths, |i| scratch.lend(|scratch| work(i, scratch)));
         let finish = |(i, gradient): (usize, Option<Buffer<E::Real>>)| match gradient {
             // Safety: each expert has a unit, and all parts of the inner width are written.
             Some(of) => Gradient::Of(Array::from_reals(
@@ -433,8 +451,8 @@ impl Operator for Experts {
                 let mut back = SumBack::new(n, d_rows, [sum, columns]);
                 for part in parts(d_ff) {
                     let mut add = |weight: &Matrix<'_, E::Real>, d_before: &[E::Real]| {
-                        let weight = weight.rows(unit.expert * d_model, d_model);
-                        back.add(&d_before[unit.inner(&part)], &part.columns(&weight));
+                        let weight = part.columns(weight, unit.expert * d_model, d_model);
+                        back.add(&d_before[unit.inner(&part)], &weight);
                     };
                     if let Some(weight) = &gate_weight {
                         add(weight, d_gate);

@@ -2,17 +2,24 @@
 
 use emberlm_kernels::{
     Buffer, Real,
-    matrix::{Matrix, Store, Target, Threads, gathered_product, product_on, transpose},
+    matrix::{
+        Matrix, Store, Target, Threads, few_rows_product, product_on, transpose, transpose_gathered,
+    },
 };
 
-/// Up to so many rows, products with a large weight, of an inner width from `WAITING_INNER` on, wait for it, and up to
-/// fewer those with any.
+/// Up to so many rows products wait for the weights, from an inner width of `WAITING_INNER` on, and up to fewer whatever
+/// the width. One row's wait anyway.
 const WAITING_ROWS: usize = 84;
 const WAITING_INNER: usize = 512;
 const FEW_ROWS: usize = 48;
 /// With at most so many rows a product with a transposed weight is faster where the elements of a column lie together: it
 /// reads the weight once, as it lies, and would else copy it in another order first.
 const FEW_ROWS_BACK: usize = 128;
+
+/// Whether products of some rows are left to the kernel that asks for the weights ahead.
+fn wait(n_rows: usize, n_inner: usize) -> bool {
+    (2..=FEW_ROWS).contains(&n_rows) || (n_rows <= WAITING_ROWS && n_inner >= WAITING_INNER)
+}
 
 /// The rows of some tokens, `[n_rows, d_model]`.
 pub(super) enum Rows<'a, R> {
@@ -32,9 +39,7 @@ impl<'a, R: Real> Rows<'a, R> {
         scratch: &'a mut Buffer<R>,
     ) -> Self {
         let n = tokens.len();
-        // What waits for its weights is left to the kernel that asks for them ahead. One row's wait for them anyway.
-        let waits = (2..=FEW_ROWS).contains(&n) || (n <= WAITING_ROWS && n_inner >= WAITING_INNER);
-        if waits {
+        if wait(n, n_inner) {
             return Self::Of(x, tokens);
         }
         let [_, d_model] = x.dims();
@@ -47,27 +52,31 @@ impl<'a, R: Real> Rows<'a, R> {
         let [_, d_output] = w.dims();
         match self {
             Self::Gathered(x) => {
-                let [n, _] = x.dims();
-                product_on(
-                    Threads::One,
-                    x,
-                    w,
-                    Target::new(to, [n, d_output]),
-                    Store::Replace,
-                );
+                let to = Target::new(to, [x.dims()[0], d_output]);
+                product_on(Threads::One, x, w, to, Store::Replace);
             }
             Self::Of(x, tokens) => {
-                gathered_product(x, tokens, w, Target::new(to, [tokens.len(), d_output]));
+                let to = Target::new(to, [tokens.len(), d_output]);
+                few_rows_product(x, Some(tokens), w, to, Store::Replace);
             }
         }
     }
 }
 
-/// `x w`, in rows.
-pub(super) fn multiply<R: Real>(n: usize, x: &[R], w: &Matrix<'_, R>, to: &mut [R], store: Store) {
-    let [d_input, d_output] = w.dims();
-    let (x, to) = (Matrix::new(x, [n, d_input]), Target::new(to, [n, d_output]));
-    product_on(Threads::One, &x, w, to, store);
+/// `x w` of inner elements, in rows.
+pub(super) fn multiply_inner<R: Real>(
+    n: usize,
+    x: &[R],
+    w: &Matrix<'_, R>,
+    to: &mut [R],
+    store: Store,
+) {
+    let [n_inner, d_output] = w.dims();
+    let (x, to) = (Matrix::new(x, [n, n_inner]), Target::new(to, [n, d_output]));
+    match wait(n, n_inner) {
+        true => few_rows_product(&x, None, w, to, store),
+        false => product_on(Threads::One, &x, w, to, store),
+    }
 }
 
 /// The sum of `x w^T` over pairs `x, w`, in rows; at least one row, and one pair.
@@ -92,7 +101,11 @@ impl<'a, R: Real> SumBack<'a, R> {
     pub(super) fn add(&mut self, x: &[R], w: &Matrix<'_, R>) {
         let (n, [d_output, d_input]) = (self.n_rows, w.dims());
         match &mut self.columns {
-            None => multiply(n, x, &w.transposed(), self.to, self.store),
+            None => {
+                let x = Matrix::new(x, [n, d_input]);
+                let to = Target::new(self.to, [n, d_output]);
+                product_on(Threads::One, &x, &w.transposed(), to, self.store);
+            }
             Some([sum, columns]) => {
                 let x = Matrix::new(turned(x, [n, d_input], columns), [d_input, n]);
                 let sum = Target::new(room(sum, self.to.len()), [d_output, n]);
@@ -123,6 +136,18 @@ pub(super) fn gather<'a, R: Real>(
         to.copy_from_slice(&x[token * width..][..width]);
     }
     to
+}
+
+/// The transpose of the rows of some tokens: `[width, n_rows]`.
+pub(super) fn gather_turned<'a, R: Real>(
+    tokens: &[usize],
+    x: &[R],
+    width: usize,
+    scratch: &'a mut Buffer<R>,
+) -> Matrix<'a, R> {
+    let to = room(scratch, tokens.len() * width);
+    transpose_gathered(x, tokens, width, to);
+    Matrix::new(to, [width, tokens.len()])
 }
 
 /// The transpose of `[n_rows, n_columns]` elements.

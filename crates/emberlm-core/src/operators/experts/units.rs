@@ -110,9 +110,14 @@ impl Unit {
 }
 
 impl Part {
-    /// Of a weight into the inner width.
-    pub(super) fn columns<'a, R: Real>(&self, weight: &'a Matrix<'_, R>) -> Matrix<'a, R> {
-        weight.columns(self.inner.start, self.inner.len())
+    /// Of a weight into the inner width, of `n` rows from `first` on.
+    pub(super) fn columns<'a, R: Real>(
+        &self,
+        weight: &'a Matrix<'_, R>,
+        first: usize,
+        n: usize,
+    ) -> Matrix<'a, R> {
+        weight.block(first..first + n, self.inner.clone())
     }
 
     /// Of a weight out of the inner width, which begins at row `first`.
