@@ -221,7 +221,10 @@ impl<'a, R: Real> Target<'a, R> {
         [n_rows, n_columns]: [usize; 2],
         width: usize,
     ) -> Self {
-        let last = n_rows.saturating_sub(1) * width + n_columns;
+        let last = match n_rows {
+            0 => 0,
+            n => (n - 1) * width + n_columns,
+        };
         Self {
             first: elements.at(start, last),
             n_rows,
@@ -282,7 +285,7 @@ pub fn product_on<R: Real>(
     }
     let is_few = (ROWS_OF_ONE_THREAD + 1..=FEW_ROWS).contains(&m);
     let is_far = n * k * size_of::<R>() >= FAR && n >= MANY_COLUMNS && k <= LONGEST_SUM;
-    if is_few && is_far && b.has_rows_in_order() {
+    if is_few && is_far && a.has_rows_in_order() && b.has_rows_in_order() {
         return rows_product(threads, [a, b], c, store, None);
     }
     let by_one = threads == Threads::One || m <= ROWS_OF_ONE_THREAD || m * n * k < SERIAL;

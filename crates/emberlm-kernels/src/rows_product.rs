@@ -9,7 +9,7 @@
 //!
 //! While a block is used the processor is asked for the next one, a few lines with every two rows, so that the time to
 //! read `b` hides behind the time to multiply. The rows of `a` may stand anywhere, since they are copied:
-//! mixtures of experts need no other copy of the rows of an expert (Tan et al. 2024, <https://arxiv.org/abs/2403.08245>).
+//! experts of few rows need no other copy of them (Tan et al. 2024, <https://arxiv.org/abs/2403.08245>).
 
 use std::{mem::MaybeUninit, ops::Range};
 
@@ -26,7 +26,7 @@ use crate::{
 const BLOCK_BYTES: usize = 4096;
 /// Rows of a block.
 const DEPTH: usize = 64;
-/// Rows of `a` that are copied at once at most.
+/// Rows of `a` that are copied at once at most, of f64 half as many: 21 KB.
 const GROUP: usize = 84;
 /// Rows of a tile at most, with vectors of AVX-512, of which there are 32; else 6.
 const TILE_ROWS: usize = 14;
@@ -243,7 +243,7 @@ unsafe fn by_blocks<R: Real, S: Simd>(simd: S, product: &RowsProduct<'_, R>) {
     let row_stride = product.b.row_stride;
     let mut blocks = product.blocks().peekable();
     Ahead::new(blocks.peek(), row_stride).all();
-    let n_groups = m.div_ceil(GROUP);
+    let n_groups = m.div_ceil(GROUP * size_of::<f32>() / size_of::<R>());
     while let Some(block) = blocks.next() {
         let mut ahead = Ahead::new(blocks.peek(), row_stride);
         let n_panels = block.width.div_ceil(2 * lanes::<R, S>());
@@ -289,7 +289,7 @@ unsafe fn of_block<R: Real, S: Simd>(
         }
         // A copy is worth its while if three tiles use it.
         let is_copied = |j: usize| n_tiles > 2 && j + 2 * lanes <= block.width;
-        let copy = |j: usize| Copy {
+        let copy = |j: usize| PanelCopy {
             from: Rows::new(block.pointer.wrapping_add(j), row_stride),
             to: panel(j),
             n_rows: if is_copied(j) { depth } else { 0 },
@@ -345,14 +345,14 @@ unsafe fn of_block<R: Real, S: Simd>(
 }
 
 /// A panel that is being copied: rows of two vectors.
-struct Copy<R> {
+struct PanelCopy<R> {
     from: Rows<*const R>,
     to: *mut R,
     /// Left to copy.
     n_rows: usize,
 }
 
-impl<R: Real> Copy<R> {
+impl<R: Real> PanelCopy<R> {
     /// Copies the next row.
     #[inline(always)]
     unsafe fn row<S: Simd>(&mut self, simd: S) {
@@ -388,7 +388,7 @@ unsafe fn of_tile<R: Real, S: Simd, const M: usize>(
     b: Rows<*const R>,
     c: Tile<R>,
     (ahead, pace): (&mut Ahead<R>, usize),
-    meanwhile: &mut Copy<R>,
+    meanwhile: &mut PanelCopy<R>,
 ) {
     let mut sums = [[R::splat(simd, R::default()); 2]; M];
     let (mut p, mut b_row) = (0, b.pointer);

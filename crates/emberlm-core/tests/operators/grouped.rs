@@ -99,9 +99,19 @@ fn experts_at_odd_sizes() {
         }
     }
     // More rows, inner width and columns than are worked on at once.
-    for (widths, sizes) in [([300, 150, 530], [130, 20]), ([50, 10, 1030], [1100, 129])] {
-        check_f64(&format!("{sizes:?} {widths:?}"), |pass| {
-            through_experts(pass, widths, &sizes, Activation::GeluTanh, true);
+    for gated in [false, true] {
+        check_f64(&format!("several units, gated {gated}"), |pass| {
+            through_experts(
+                pass,
+                [300, 150, 530],
+                &[130, 20],
+                Activation::GeluTanh,
+                gated,
+            );
+        });
+        let sizes = [1100, 129, 70, 20, 1, 0];
+        check_f64(&format!("several parts, gated {gated}"), |pass| {
+            through_experts(pass, [50, 10, 1030], &sizes, Activation::GeluTanh, gated);
         });
     }
 }
@@ -111,7 +121,7 @@ fn experts_at_odd_sizes() {
 fn experts_without_autodiff_are_the_same() {
     let sizes = &[1100, 70, 0, 40, 1];
     let n_rows = sizes.iter().sum();
-    let (n_tokens, d_model, d_ff) = (50, 24, 530);
+    let (n_tokens, d_model, d_ff) = (50, 24, 1030);
     let tokens: Vec<usize> = (0..n_rows).map(|row| row * row * 7 % n_tokens).collect();
     let of = |device: &Device, gated: bool| {
         let weight = |dims, seed| random(dims, seed, DType::F32, device);
@@ -171,7 +181,7 @@ fn the_number_of_threads_does_not_show() {
     check_bits("experts", |pass| {
         through_experts(pass, [300, 150, 530], &[130, 20, 7], Activation::Silu, true);
     });
-    // One thread adds outputs up twice, several do once.
+    // The fewer threads there are, the more often outputs are added up.
     check_bits("many experts", |pass| {
         through_experts(pass, [90, 1300, 3], &[130; 16], Activation::Silu, true);
     });
@@ -267,6 +277,34 @@ fn groups_that_are_all_empty() {
         let none = Tensor::zeros([0], &device);
         let y = experts_by(by, x, none, rows, layers, Activation::Relu);
         assert_eq!(y.to_data().iter::<f32>().collect::<Vec<_>>(), [0.0; 8]);
+    }
+}
+
+/// Without inner elements nothing comes out, and no gradient comes back.
+#[test]
+fn experts_without_an_inner_width() {
+    for gated in [false, true] {
+        let device = device().autodiff();
+        let weight = |dims: [usize; 3]| Tensor::<3>::zeros(dims, &device).require_grad();
+        let (up, down) = (weight([2, 4, 0]), weight([2, 0, 4]));
+        let layers = ExpertWeights {
+            gate: gated.then(|| weight([2, 4, 0])),
+            up,
+            down: down.clone(),
+        };
+        let rows = ExpertRows {
+            tokens: &[0, 1, 0],
+            group_sizes: &[2, 1],
+        };
+        let x = random([2, 4], 1, DType::F32, &device).require_grad();
+        let weights = Tensor::<1>::ones([3], &device);
+        let by = Implementation::Native;
+        let y = experts_by(by, x.clone(), weights, rows, layers, Activation::Relu);
+        let zeros = |of: Tensor<2>| of.into_data().iter::<f32>().all(|x| x == 0.0);
+        assert!(zeros(y.clone()));
+        let gradients = y.sum().backward();
+        assert!(zeros(x.grad(&gradients).unwrap()));
+        assert_eq!(down.grad(&gradients).unwrap().dims(), [2, 0, 4]);
     }
 }
 

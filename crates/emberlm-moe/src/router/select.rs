@@ -138,6 +138,35 @@ mod tests {
     }
 
     #[test]
+    fn many_tokens_are_routed_as_each_alone() {
+        let (n_tokens, n_experts) = (600, 7);
+        let scores = Scores {
+            values: (0..n_tokens * n_experts)
+                .map(|i| f64::from(i as u32 * 37 % 101) + 1.0)
+                .collect(),
+            n_experts,
+        };
+        let is_routed = |token: usize| token % 256 != 255 && token % 11 != 3;
+        let found = scores.top_k(3, is_routed);
+        let expected = (0..n_tokens).filter(|token| is_routed(*token));
+        let expected = expected.flat_map(|token| {
+            let of_token = (0..).zip(chosen(scores.of(token), 3));
+            of_token.map(move |(rank, expert)| Choice {
+                token: token as u32,
+                expert,
+                rank,
+            })
+        });
+        assert_eq!(found.all(), expected.collect::<Vec<_>>());
+
+        let mut statistics = crate::router::statistics(&scores, is_routed);
+        let whole = crate::router::statistics_of(&scores, (0..n_tokens).filter(|t| is_routed(*t)));
+        assert!((statistics.entropy_sum - whole.entropy_sum).abs() < 1e-9);
+        statistics.entropy_sum = whole.entropy_sum;
+        assert_eq!(statistics, whole);
+    }
+
+    #[test]
     fn what_is_no_number_is_seen() {
         assert_eq!(chosen(&[1.0, f64::NAN, 3.0], 2), [1, 2]);
         assert_eq!(chosen(&[f64::INFINITY, -f64::NAN, f64::NAN], 3), [1, 2, 0]);

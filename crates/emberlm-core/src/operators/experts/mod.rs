@@ -40,7 +40,8 @@ pub struct ExpertWeights {
 ///
 /// Shazeer et al. 2017, <https://arxiv.org/abs/1701.06538>, equation 1. It is [`embed`](super::embed),
 /// [`grouped_matmuls`](super::grouped_matmuls), [`gate`](super::gate) and [`combine`](super::combine) in one: on the CPU
-/// backends the rows of all experts are never held in memory, neither those that go in nor those that come out.
+/// backends the rows that go into experts are held a few experts at a time, and so are those that come out where they are
+/// many.
 ///
 /// # Shapes
 ///

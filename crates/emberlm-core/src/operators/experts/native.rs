@@ -1,5 +1,5 @@
-//! The CPU's way: a thread takes some rows of an expert through all its layers, and the rows of a token are added up at
-//! the end, in the order of the experts, whatever the number of threads.
+//! The CPU's way: a thread takes some rows of an expert through all its layers. What comes out for a token is added up in
+//! the order of the experts, whatever the number of threads, each time that some units for each thread are done.
 
 use std::{
     cmp::Reverse,
@@ -79,9 +79,9 @@ impl std::fmt::Debug for Experts {
     }
 }
 
-/// Inner elements of all rows, of gate, if there is one, and up.
+/// What goes into the activation, or its gradients, of all rows: of gate, if there is one, and up.
 #[derive(Debug)]
-pub(super) struct Inner<R> {
+pub(super) struct Before<R> {
     gate: Vec<R>,
     up: Vec<R>,
 }
@@ -129,7 +129,7 @@ impl Experts {
         self.is_gated.then_some(gate)
     }
 
-    /// Memory for the inner elements of gate, if there is one, and up.
+    /// Memory for what goes into the activation, of gate, if there is one, and up.
     fn buffers<R: Real>(&self, d_ff: usize) -> [Buffer<R>; 2] {
         let elements = 0..self.tokens.len() * d_ff;
         [self.of_gate(elements.clone()), elements].map(|of| Buffer::new(of.len()))
@@ -140,7 +140,7 @@ impl Experts {
     /// # Safety
     ///
     /// Nobody else has those of this unit.
-    unsafe fn inner_of<'a, R>(
+    unsafe fn before_of<'a, R>(
         &self,
         unit: &Unit,
         d_ff: usize,
@@ -169,12 +169,12 @@ impl Experts {
         Scratch::new(n_tasks, move || [(); N].map(|()| Buffer::new(size)))
     }
 
-    /// Whether the rows are so few that one thread does everything.
+    /// Whether the rows are so few that one thread computes them all.
     fn are_few(&self) -> bool {
         self.tokens.len() <= ROWS_OF_ONE_THREAD
     }
 
-    /// Calls for each of some tasks, of so many rows each, the longest first: then no thread is left with one at the end.
+    /// Calls for each of some tasks, of so many rows each, the longest first, so that threads end at about the same time.
     fn for_each(&self, n_rows: &[usize], work: impl Fn(usize) + Sync) {
         let mut order: Vec<usize> = (0..n_rows.len()).collect();
         order.sort_by_key(|task| Reverse(n_rows[*task]));
@@ -225,6 +225,9 @@ impl Experts {
             });
             // Safety: the units have written their rows, and nobody writes them now.
             let outputs = unsafe { to_outputs.part(0, rows.len() * width) };
+            if width == 0 {
+                continue;
+            }
             let to_sums = Shared::new(&mut sums);
             rows::for_each_range(n_tokens, width, |tokens| {
                 for token in tokens {
@@ -258,7 +261,7 @@ impl Experts {
         let work = |unit: &Unit, tokens: &[usize], output: &mut [_], scratch: &mut [_; 4]| {
             let [rows, gates, ups, inners] = scratch;
             // Safety: each unit has rows of its own.
-            let mut kept = before.map(|before| unsafe { self.inner_of(unit, d_ff, before) });
+            let mut kept = before.map(|before| unsafe { self.before_of(unit, d_ff, before) });
             let rows = Rows::new(&of_tokens, &x, tokens, widest_part(d_ff), rows);
             for part in parts(d_ff) {
                 let elements = unit.inner(&part);
@@ -287,8 +290,8 @@ impl Experts {
     /// are the inner elements times the weights of the rows, `d_before` their gradients before the activation.
     fn weight_gradients<E: Stored>(
         &self,
-        pass: &Pass<'_, E, Inner<E::Real>>,
-        d_before: &Inner<E::Real>,
+        pass: &Pass<'_, E, Before<E::Real>>,
+        d_before: &Before<E::Real>,
         weighted: &[E::Real],
         d_output: &[E::Real],
     ) -> Vec<Gradient<E>> {
@@ -365,21 +368,21 @@ impl Experts {
 }
 
 impl Operator for Experts {
-    type Saved<E: Stored> = Inner<E::Real>;
+    type Saved<E: Stored> = Before<E::Real>;
 
-    fn forward<E: Stored>(&self, inputs: &[View<'_, E>]) -> (Vec<Array<E>>, Inner<E::Real>) {
+    fn forward<E: Stored>(&self, inputs: &[View<'_, E>]) -> (Vec<Array<E>>, Before<E::Real>) {
         let mut before = self.buffers(inputs[self.up()].width());
         let y = self.mix(inputs, Some(&before.each_mut().map(Buffer::shared)));
         // Safety: the units cover all rows.
         let [gate, up] = before.map(|buffer| unsafe { buffer.finish() });
-        (vec![y], Inner { gate, up })
+        (vec![y], Before { gate, up })
     }
 
     fn infer<E: Stored>(&self, inputs: &[View<'_, E>]) -> Vec<Array<E>> {
         vec![self.mix(inputs, None)]
     }
 
-    fn backward<E: Stored>(&self, pass: &Pass<'_, E, Inner<E::Real>>) -> Vec<Gradient<E>> {
+    fn backward<E: Stored>(&self, pass: &Pass<'_, E, Before<E::Real>>) -> Vec<Gradient<E>> {
         let d_model = pass.input(0).width();
         let weights = pass.input(1).reals();
         let d_output = pass.gradient(0).expect("of the one output").reals();
@@ -402,7 +405,7 @@ impl Operator for Experts {
             // Safety: each unit has rows of its own.
             let ([d_gate, d_up], weighted, d_weights) = unsafe {
                 (
-                    self.inner_of(unit, d_ff, &to_before),
+                    self.before_of(unit, d_ff, &to_before),
                     unit.part_of(&to_weighted, d_ff),
                     unit.part_of(&to_weights, 1),
                 )
@@ -471,7 +474,7 @@ impl Operator for Experts {
         let [gate, up] = d_before.map(|buffer| unsafe { buffer.finish() });
         let d_x = pass.if_wanted(0, || Array::from_reals(d_x, pass.input(0).shape()));
         let d_weights = pass.if_wanted(1, || Array::from_reals(d_weights, &[n_rows]));
-        let of_weights = self.weight_gradients(pass, &Inner { gate, up }, &weighted, &d_output);
+        let of_weights = self.weight_gradients(pass, &Before { gate, up }, &weighted, &d_output);
         [d_x, d_weights].into_iter().chain(of_weights).collect()
     }
 }

@@ -8,7 +8,7 @@ use emberlm_kernels::{
 };
 
 /// Up to so many rows products wait for the weights, from an inner width of `WAITING_INNER` on, and up to fewer whatever
-/// the width. The product of one row waits anyway.
+/// the width.
 const WAITING_ROWS: usize = 84;
 const WAITING_INNER: usize = 512;
 const FEW_ROWS: usize = 48;
@@ -73,6 +73,7 @@ pub(super) fn multiply_inner<R: Real>(
 ) {
     let [n_inner, d_output] = w.dims();
     let (x, to) = (Matrix::new(x, [n, n_inner]), Target::new(to, [n, d_output]));
+    // The product of one row is as fast as its weights come, in either way, and has less to prepare in the crate `gemm`.
     match n > 1 && wait(n, n_inner) {
         true => few_rows_product(&x, None, w, to, store),
         false => product_on(Threads::One, &x, w, to, store),

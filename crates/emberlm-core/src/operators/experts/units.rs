@@ -11,7 +11,7 @@ use emberlm_kernels::{
 const ROWS: usize = 1024;
 /// Inner width of a part at most.
 const INNER: usize = 1024;
-/// Elements of the outputs of a wave, and units, for each thread at least.
+/// Elements of the outputs of a wave, and units, for each thread at least, but in the last one.
 const WAVE: usize = 1 << 20;
 const UNITS: usize = 4;
 
@@ -60,8 +60,8 @@ fn pieces(n: usize, n_pieces: usize) -> impl Iterator<Item = Range<usize>> {
     (0..n_pieces).map(move |piece| piece * n / n_pieces..(piece + 1) * n / n_pieces)
 }
 
-/// Units that are computed before their outputs, of `width` elements each row, are added up: enough for all threads, and
-/// few enough that the outputs need not be read from memory again.
+/// Units that are computed before their outputs, of `width` elements each row, are added up: some for each thread, so that
+/// no thread waits long for the others.
 pub(super) fn waves<'a, 'b>(units: &'b [&'a Unit], width: usize) -> Vec<&'b [&'a Unit]> {
     let n_threads = rayon::current_num_threads();
     let mut waves = Vec::new();
