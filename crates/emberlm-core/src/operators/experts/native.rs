@@ -411,6 +411,9 @@ impl Operator for Experts {
                 )
             };
             d_weights.fill(E::Real::default());
+            let elements = unit.elements(d_ff);
+            let gate = &pass.saved.gate[self.of_gate(elements.clone())];
+            let up = &pass.saved.up[elements];
             for part in parts(d_ff) {
                 let n_inner = part.inner.len();
                 let of_part = unit.inner(&part);
@@ -420,13 +423,11 @@ impl Operator for Experts {
                 back.finish();
                 // A few rows at a time, which stay in the cache from one function to the next.
                 for rows in cut(n, ROWS_IN_CACHE) {
-                    let elements = rows.start * n_inner..rows.end * n_inner;
-                    let d_inner = &mut d_inner[elements.clone()];
-                    let of_unit = of_part.start + elements.start..of_part.start + elements.end;
-                    let start = unit.elements(d_ff).start;
-                    let of_all = start + of_unit.start..start + of_unit.end;
-                    let gate = self.if_gated(&pass.saved.gate[self.of_gate(of_all.clone())]);
-                    let up = &pass.saved.up[of_all];
+                    let of_rows = rows.start * n_inner..rows.end * n_inner;
+                    let d_inner = &mut d_inner[of_rows.clone()];
+                    let of_unit = of_part.start + of_rows.start..of_part.start + of_rows.end;
+                    let gate = self.if_gated(&gate[self.of_gate(of_unit.clone())]);
+                    let up = &up[of_unit.clone()];
                     let inner = &mut weighted[of_unit.clone()];
                     activate_elements(self.activation, gate, up, inner);
                     let width = n_inner.max(1);
