@@ -95,20 +95,7 @@ impl<'a, R: Real> Matrix<'a, R> {
     ///
     /// If there are fewer.
     pub fn rows(&self, first: usize, n: usize) -> Matrix<'_, R> {
-        assert!(
-            first + n <= self.n_rows,
-            "rows {first} + {n} of {}",
-            self.n_rows
-        );
-        Matrix {
-            first: self.first.wrapping_offset(first as isize * self.row_stride),
-            n_rows: n,
-            n_columns: self.n_columns,
-            row_stride: self.row_stride,
-            column_stride: self.column_stride,
-            _copy: None,
-            memory: PhantomData,
-        }
+        self.block(first..first + n, 0..self.n_columns)
     }
 
     /// Columns `first ..`, `n` of them.
@@ -117,20 +104,7 @@ impl<'a, R: Real> Matrix<'a, R> {
     ///
     /// If there are fewer.
     pub fn columns(&self, first: usize, n: usize) -> Matrix<'_, R> {
-        assert!(
-            first + n <= self.n_columns,
-            "columns {first} + {n} of {}",
-            self.n_columns
-        );
-        Matrix {
-            first: (self.first).wrapping_offset(first as isize * self.column_stride),
-            n_rows: self.n_rows,
-            n_columns: n,
-            row_stride: self.row_stride,
-            column_stride: self.column_stride,
-            _copy: None,
-            memory: PhantomData,
-        }
+        self.block(0..self.n_rows, first..first + n)
     }
 
     /// Some rows of some columns.
@@ -139,11 +113,25 @@ impl<'a, R: Real> Matrix<'a, R> {
     ///
     /// If there are fewer.
     pub fn block(&self, rows: Range<usize>, columns: Range<usize>) -> Matrix<'_, R> {
-        let rows = self.rows(rows.start, rows.len());
-        let Matrix { first, n_rows, .. } = rows.columns(columns.start, columns.len());
+        assert!(
+            rows.start + rows.len() <= self.n_rows,
+            "rows {} + {} of {}",
+            rows.start,
+            rows.len(),
+            self.n_rows
+        );
+        assert!(
+            columns.start + columns.len() <= self.n_columns,
+            "columns {} + {} of {}",
+            columns.start,
+            columns.len(),
+            self.n_columns
+        );
+        let offset =
+            rows.start as isize * self.row_stride + columns.start as isize * self.column_stride;
         Matrix {
-            first,
-            n_rows,
+            first: self.first.wrapping_offset(offset),
+            n_rows: rows.len(),
             n_columns: columns.len(),
             row_stride: self.row_stride,
             column_stride: self.column_stride,

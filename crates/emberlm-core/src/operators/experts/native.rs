@@ -250,7 +250,6 @@ impl Experts {
         before: Option<&[Shared<'_, E::Real>; 2]>,
     ) -> Array<E> {
         let (x, n_tokens, d_model) = (inputs[0].reals(), inputs[0].n_rows(), inputs[0].width());
-        let of_tokens = Matrix::new(&x, [n_tokens, d_model]);
         let gate_weight = self.gate().map(|gate| Matrix::of_view(&inputs[gate]));
         let [up_weight, down_weight] =
             [self.up(), self.down()].map(|i| Matrix::of_view(&inputs[i]));
@@ -262,7 +261,7 @@ impl Experts {
             let [rows, gates, ups, inners] = scratch;
             // Safety: each unit has rows of its own.
             let mut kept = before.map(|before| unsafe { self.before_of(unit, d_ff, before) });
-            let rows = Rows::new(&of_tokens, &x, tokens, widest_part(d_ff), rows);
+            let rows = Rows::new(&x, [n_tokens, d_model], tokens, widest_part(d_ff), rows);
             for part in parts(d_ff) {
                 let elements = unit.inner(&part);
                 let of_gate = self.of_gate(elements.clone());

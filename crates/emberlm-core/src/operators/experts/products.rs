@@ -16,49 +16,53 @@ const FEW_ROWS: usize = 48;
 /// reads the weight once, as it lies, and would else copy it in another order first.
 const FEW_ROWS_BACK: usize = 128;
 
-/// Whether products of some rows are left to the kernel that asks for the weights ahead.
+/// Whether products of some rows are left to the kernel that asks for the weights ahead: those of many experts come from
+/// memory even where each is small.
 fn wait(n_rows: usize, n_inner: usize) -> bool {
     (2..=FEW_ROWS).contains(&n_rows) || (n_rows <= WAITING_ROWS && n_inner >= WAITING_INNER)
 }
 
-/// The rows of some tokens, `[n_rows, d_model]`.
-pub(super) enum Rows<'a, R> {
-    /// One after the other.
-    Gathered(Matrix<'a, R>),
-    /// Where they are among those of all tokens.
-    Of(&'a Matrix<'a, R>, &'a [usize]),
+/// The rows of some tokens, as products into the inner width take them.
+pub(super) struct Rows<'a, R> {
+    /// `[n_rows, d_model]`, or those of all tokens.
+    x: Matrix<'a, R>,
+    /// Where the rows are among those of all tokens, if they were not gathered.
+    places: Option<&'a [usize]>,
 }
 
 impl<'a, R: Real> Rows<'a, R> {
     /// As products into an inner width of `n_inner` are fastest.
+    ///
+    /// # Shapes
+    ///
+    /// - `x`: `[n_tokens, d_model]`
     pub(super) fn new(
-        x: &'a Matrix<'a, R>,
-        elements: &[R],
+        x: &'a [R],
+        [n_tokens, d_model]: [usize; 2],
         tokens: &'a [usize],
         n_inner: usize,
         scratch: &'a mut Buffer<R>,
     ) -> Self {
         let n = tokens.len();
-        if wait(n, n_inner) {
-            return Self::Of(x, tokens);
+        match wait(n, n_inner) {
+            true => Self {
+                x: Matrix::new(x, [n_tokens, d_model]),
+                places: Some(tokens),
+            },
+            false => Self {
+                x: Matrix::new(gather(tokens, x, d_model, scratch), [n, d_model]),
+                places: None,
+            },
         }
-        let [_, d_model] = x.dims();
-        let rows = gather(tokens, elements, d_model, scratch);
-        Self::Gathered(Matrix::new(rows, [n, d_model]))
     }
 
     /// `x w`, in rows.
     pub(super) fn multiply(&self, w: &Matrix<'_, R>, to: &mut [R]) {
-        let [_, d_output] = w.dims();
-        match self {
-            Self::Gathered(x) => {
-                let to = Target::new(to, [x.dims()[0], d_output]);
-                product_on(Threads::One, x, w, to, Store::Replace);
-            }
-            Self::Of(x, tokens) => {
-                let to = Target::new(to, [tokens.len(), d_output]);
-                few_rows_product(x, Some(tokens), w, to, Store::Replace);
-            }
+        let ([n, _], [_, d_output]) = (self.x.dims(), w.dims());
+        let to = Target::new(to, [self.places.map_or(n, <[usize]>::len), d_output]);
+        match self.places {
+            Some(_) => few_rows_product(&self.x, self.places, w, to, Store::Replace),
+            None => product_on(Threads::One, &self.x, w, to, Store::Replace),
         }
     }
 }
